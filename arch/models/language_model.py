@@ -1,0 +1,73 @@
+"""The language model that every causal architecture fills with its own blocks."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from ..interface import SequenceModule, check_call, state_dtype
+from .stack import Stack
+
+
+class LanguageModel(SequenceModule):
+  """Token ids to next-token logits: embedding, a stack of blocks, a final norm, a head.
+
+  `logits, state = model(ids, state, form=...)` with ids `[b, t]` and logits
+  `[b, t, vocab_size]` in at least float32. An id outside the vocabulary gives NaN.
+  """
+
+  def __init__(
+    self,
+    make_block: Callable[[nnx.Rngs], SequenceModule],
+    *,
+    vocab_size: int,
+    d_model: int,
+    num_layers: int,
+    norm: nnx.Module,
+    embedding_scale: float = 1.0,
+    embedding_init: Any,
+    tie_embeddings: bool = False,
+    scan_layers: bool | None = None,
+    dtype: Any = None,
+    param_dtype: Any = jnp.float32,
+    rngs: nnx.Rngs,
+  ):
+    self.vocab_size, self.embedding_scale = vocab_size, embedding_scale
+    self.embedding = nnx.Embed(
+      vocab_size,
+      d_model,
+      embedding_init=embedding_init,
+      dtype=dtype,
+      param_dtype=param_dtype,
+      rngs=rngs,
+    )
+    scan = jax.default_backend() != "cpu" if scan_layers is None else scan_layers
+    self.stack = Stack(make_block, num_layers, scan=scan, rngs=rngs)
+    self.causal, self.state_is_constant = self.stack.causal, self.stack.state_is_constant
+    self.norm = norm
+    if tie_embeddings:
+      self.head = None
+    else:
+      self.head = nnx.Linear(
+        d_model,
+        vocab_size,
+        use_bias=False,
+        kernel_init=embedding_init,
+        dtype=dtype,
+        param_dtype=param_dtype,
+        rngs=rngs,
+      )
+
+  def init_state(self, batch_size, *, max_len=None):
+    return self.stack.init_state(batch_size, max_len=max_len)
+
+  def __call__(self, ids, state=None, *, form="parallel", reset=None, mask=None, rngs=None):
+    check_call(ids, form, reset, mask)
+    x = self.embedding(jnp.asarray(ids))
+    x = x * jnp.asarray(self.embedding_scale, x.dtype)
+    x, state = self.stack(x, state, form=form, reset=reset, mask=mask, rngs=rngs)
+    x = self.norm(x)
+    logits = self.embedding.attend(x) if self.head is None else self.head(x)
+    return logits.astype(state_dtype(logits.dtype)), state

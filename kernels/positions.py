@@ -1,0 +1,30 @@
+"""Positions of tokens in their documents, counted exactly across calls, packing and padding."""
+
+import jax
+import jax.numpy as jnp
+
+
+def token_positions(
+  start: jax.Array,  # uint32[b]
+  reset: jax.Array | None,  # bool[b, t]
+  mask: jax.Array | None,  # bool[b, t]
+  length: int,
+) -> tuple[jax.Array, jax.Array]:  # uint32[b, t], uint32[b]
+  """Numbers every token within its document and returns the count to carry to the next call.
+
+  A real token at which `reset` is true has position 0; a masked token advances nothing, and the
+  position it is given is that of the token before it. `start` is the number of tokens of the
+  current document already seen. Counts are unsigned 32-bit integers and wrap.
+  """
+  b = start.shape[0]
+  if mask is None:
+    seen = jnp.broadcast_to(jnp.arange(1, length + 1, dtype=jnp.int32), (b, length))
+  else:
+    seen = jnp.cumsum(mask, axis=1, dtype=jnp.int32)
+  count = start[:, None] + seen.astype(jnp.uint32)
+  if reset is not None:
+    starts_here = reset if mask is None else reset & mask
+    document_start = jax.lax.cummax(jnp.where(starts_here, seen, 0), axis=1)
+    in_document = (seen - document_start + 1).astype(jnp.uint32)
+    count = jnp.where(document_start > 0, in_document, count)
+  return jnp.maximum(count, 1) - 1, count[:, -1]

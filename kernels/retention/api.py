@@ -1,0 +1,126 @@
+"""The public functions: validation, then the form asked for."""
+
+import functools
+from typing import Literal, get_args
+
+import jax
+import jax.numpy as jnp
+
+from . import xla
+
+Form = Literal["parallel", "chunkwise", "recurrent"]
+FORMS: tuple[Form, ...] = get_args(Form)
+
+
+def retention(
+  q: jax.Array,  # [b, t, h, k]
+  k: jax.Array,  # [b, t, g, k]
+  v: jax.Array,  # [b, t, g, v]
+  log_decay: jax.Array,  # [h] or [b, t, h], at most 0
+  *,
+  state: jax.Array | None = None,  # [b, h, k, v]
+  reset: jax.Array | None = None,  # bool[b, t]
+  mask: jax.Array | None = None,  # bool[b, t]
+  form: Form = "chunkwise",
+  chunk_size: int = 128,
+) -> tuple[jax.Array, jax.Array]:  # [b, t, h, v], [b, h, k, v]
+  """Multi-scale retention (RetNet, section 2.1), without scaling, rotation or normalisation.
+
+      S_n = exp(log_decay_n) S_{n-1} + k_n v_n^T        o_n = S_n^T q_n
+
+  The three forms are three algorithms for this one function. `"parallel"` weighs all pairs of
+  tokens at once (quadratic in `t`), `"chunkwise"` does so within chunks of `chunk_size` tokens
+  and carries the state between them (linear), `"recurrent"` takes one token after another.
+
+  Args:
+    q: queries. Query head `i` reads key/value head `i // (h // g)`.
+    k: keys, already scaled and rotated.
+    v: values.
+    log_decay: natural logarithm of the decay of every query head, the same for all tokens or
+      one per token. Kept as it is given: a decay per head is never widened to a stream.
+    state: the state that precedes the first token; zeros if `None`.
+    reset: true at the first token of a document; the state is cleared before that token.
+    mask: false at padding, which leaves the state bit for bit as it was and is invisible to
+      real tokens (its own `reset` included). The output there is finite and unspecified.
+    form: which algorithm.
+    chunk_size: tokens in a chunk of the chunkwise form; other forms ignore it.
+
+  Returns:
+    Outputs in the dtype of `v`, and the final state. State, decays and sums are held in the
+    widest of float32 and the input dtypes. Everything is differentiable, `state` and
+    `log_decay` included.
+
+  Raises:
+    ValueError: for shapes that do not fit together, or an unknown form.
+  """
+  arrays = (q, k, v, log_decay, state, reset, mask)
+  q, k, v, log_decay, state, reset, mask = jax.tree.map(jnp.asarray, arrays)
+  for name, array in {"q": q, "k": k, "v": v}.items():
+    if array.ndim != 4:
+      raise ValueError(f"{name} has shape {list(array.shape)}, expected 4 axes: batch, time, head, size")
+  b, t, h, key_size = q.shape
+  g = k.shape[2]
+  expected = {
+    "k": (k, {(b, t, g, key_size)}),
+    "v": (v, {(b, t, g, v.shape[-1])}),
+    "log_decay": (log_decay, {(h,), (b, t, h)}),
+    "state": (state, {(b, h, key_size, v.shape[-1])}),
+    "reset": (reset, {(b, t)}),
+    "mask": (mask, {(b, t)}),
+  }
+  for name, (array, shapes) in expected.items():
+    if array is not None and jnp.shape(array) not in shapes:
+      wanted = " or ".join(str(list(s)) for s in sorted(shapes, key=len))
+      raise ValueError(
+        f"{name} has shape {list(jnp.shape(array))}, expected {wanted} for q {list(q.shape)}"
+      )
+  if h % g:
+    raise ValueError(f"{h} query heads cannot share {g} key/value heads evenly")
+  if t == 0:
+    raise ValueError("retention needs at least one token, got length 0")
+  if chunk_size < 1:
+    raise ValueError(f"chunk_size is {chunk_size}, expected at least 1")
+  forms = {
+    "parallel": xla.parallel,
+    "chunkwise": functools.partial(xla.chunkwise, chunk_size=chunk_size),
+    "recurrent": xla.recurrent,
+  }
+  if form not in forms:
+    raise ValueError(f"form is {form!r}, expected one of {', '.join(FORMS)}")
+  return forms[form](q, k, v, log_decay, state, reset, mask)
+
+
+def head_norm(
+  o: jax.Array,  # [b, t, h, v]
+  position: jax.Array,  # uint32[b, t]
+  log_decay: jax.Array | None,  # [h]
+  *,
+  eps: float,
+  weight: jax.Array | None = None,  # [v]
+) -> jax.Array:  # [b, t, h, v]
+  """Root-mean-square norm of every head with RetNet's row scale folded into `eps`.
+
+      y_n = o_n / sqrt(mean(o_n^2) + eps s_n^2)      s_n^2 = (1 - g^(n+1)) / (1 - g)
+
+  RetNet (section 2.1, "score normalization") divides row `n` of the decay matrix by `s_n` and
+  normalises afterwards. The division cancels but for `eps`, so it is moved there: no running
+  scale, and the three forms agree whatever `eps`. `log_decay=None` means `s_n = 1`.
+  Computed in at least float32; returned in the dtype of `o`.
+  """
+  dtype = jnp.promote_types(o.dtype, jnp.float32)
+  x = o.astype(dtype)
+  variance = jnp.mean(x * x, axis=-1, keepdims=True)
+  if log_decay is None:
+    floor = dtype.type(eps)
+  else:
+    log_decay = jnp.asarray(log_decay).astype(dtype)[None, None, :]
+    count = (position.astype(dtype) + 1)[..., None]  # [b, t, 1]
+    decays = jnp.where(log_decay == 0, -1, log_decay)  # the closed form is 0/0 at decay 1
+    squared_scale = jnp.where(
+      log_decay == 0, count, jnp.expm1(decays * count) / jnp.expm1(decays)
+    )
+    floor = eps * squared_scale[..., None]
+  y = x * jax.lax.rsqrt(variance + floor)
+  if weight is not None:
+    y = y * jnp.asarray(weight).astype(dtype)[None, None, None, :]
+  return y.astype(o.dtype)

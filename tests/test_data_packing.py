@@ -1,0 +1,207 @@
+import itertools
+import pickle
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from triform.arch.data.packing import Documents, PackedWindows, carried_batches, train_batches
+
+BOS, EOS = 1, 2
+KEYS = ("inputs", "targets", "reset", "mask")
+
+lengths_of_documents = st.lists(st.integers(0, 12), max_size=8)
+seq_lens = st.integers(1, 9)
+
+
+def make_documents(lengths):
+  """Documents in which every token is different."""
+  ends = np.cumsum([10, *lengths])
+  return Documents.from_arrays([np.arange(a, b) for a, b in itertools.pairwise(ends)])
+
+
+def make_stream(documents):
+  """(input, target, reset) of every position, by the definition."""
+  stream, start = [], 0
+  for end in documents.ends:
+    tokens = documents.tokens[start:end].tolist()
+    resets = [True] + [False] * len(tokens)
+    stream += zip([BOS, *tokens], [*tokens, EOS], resets, strict=True)
+    start = end
+  return stream
+
+
+def real_positions(batch):
+  """(input, target, reset) of the positions that are not padding, which must be blank."""
+  padding = ~batch["mask"]
+  assert not any(batch[key][padding].any() for key in KEYS)
+  columns = (batch[key][batch["mask"]].tolist() for key in KEYS[:3])
+  return list(zip(*columns, strict=True))
+
+
+def check_types(batch, shape):
+  assert set(batch) == set(KEYS)
+  assert all(batch[key].shape == shape for key in KEYS)
+  assert [batch[key].dtype for key in KEYS] == [np.int32, np.int32, bool, bool]
+
+
+def as_rows(batch):
+  """One hashable value per window of a batch."""
+  rows = zip(*(batch[key].tolist() for key in KEYS), strict=True)
+  return [tuple(map(tuple, row)) for row in rows]
+
+
+def test_documents():
+  documents = Documents.from_arrays([np.array([5, 6]), np.array([], np.int64), np.array([7])])
+  assert documents.tokens.tolist() == [5, 6, 7]
+  assert documents.ends.tolist() == [2, 2, 3]
+  assert (documents.tokens.dtype, documents.ends.dtype) == (np.int32, np.int64)
+  assert len(documents) == 3
+  assert len(Documents.from_arrays([])) == 0
+
+
+@pytest.mark.parametrize("ends", [[], [2], [4], [2, 1, 3], [-1, 3]])
+def test_documents_refuse_wrong_ends(ends):
+  with pytest.raises(ValueError, match="3 tokens"):
+    Documents(np.arange(3, dtype=np.int32), np.array(ends, np.int64))
+
+
+def test_a_small_example():
+  documents = Documents.from_arrays([np.array([5, 6]), np.array([7])])
+  windows = PackedWindows(documents, bos_id=BOS, eos_id=EOS, seq_len=4)
+  assert len(windows) == 2
+  assert {key: windows[0][key].tolist() for key in KEYS} == {
+    "inputs": [1, 5, 6, 1],
+    "targets": [5, 6, 2, 7],
+    "reset": [True, False, False, True],
+    "mask": [True, True, True, True],
+  }
+  assert {key: windows[1][key].tolist() for key in KEYS} == {
+    "inputs": [7, 0, 0, 0],
+    "targets": [2, 0, 0, 0],
+    "reset": [False, False, False, False],
+    "mask": [True, False, False, False],
+  }
+
+
+@settings(deadline=None)
+@given(lengths=lengths_of_documents, seq_len=seq_lens)
+def test_windows_hold_the_stream(lengths, seq_len):
+  documents = make_documents(lengths)
+  windows = PackedWindows(documents, bos_id=BOS, eos_id=EOS, seq_len=seq_len)
+  stream = make_stream(documents)
+  assert len(windows) == -(-len(stream) // seq_len)
+  read = []
+  for i, window in enumerate(windows):
+    check_types(window, (seq_len,))
+    assert i == len(windows) - 1 or window["mask"].all()
+    assert (np.diff(window["mask"].astype(int)) <= 0).all()  # padding is on the right
+    read += real_positions(window)
+  assert read == stream
+  targets = Counter(target for _, target, _ in read)
+  assert targets == Counter(documents.tokens.tolist() + [EOS] * len(documents))
+
+
+def test_windows_refuse_what_is_not_there():
+  windows = PackedWindows(make_documents([3]), bos_id=BOS, eos_id=EOS, seq_len=4)
+  for index in (-1, 1):
+    with pytest.raises(IndexError, match=r"\[0, 1\)"):
+      windows[index]
+  copy = pickle.loads(pickle.dumps(windows))
+  assert real_positions(copy[0]) == real_positions(windows[0])
+
+
+def make_batches(documents, **changes):
+  sizes = dict(bos_id=BOS, eos_id=EOS, seq_len=4, batch_size=3, seed=0)
+  return train_batches(documents, **{**sizes, **changes})
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+  lengths=st.lists(st.integers(0, 12), min_size=1, max_size=6),
+  seq_len=seq_lens,
+  batch_size=st.integers(1, 5),
+  seed=st.integers(0, 2**32 - 1),
+)
+def test_every_epoch_sees_every_window_once(lengths, seq_len, batch_size, seed):
+  documents = make_documents(lengths)
+  windows = PackedWindows(documents, bos_id=BOS, eos_id=EOS, seq_len=seq_len)
+  batches = make_batches(documents, seq_len=seq_len, batch_size=batch_size, seed=seed)
+  rows, epochs = [], 2
+  for step in range(-(-epochs * len(windows) // batch_size)):
+    check_types(batches[step], (batch_size, seq_len))
+    rows += as_rows(batches[step])
+  expected = Counter(
+    row for window in windows for row in as_rows({k: v[None] for k, v in window.items()})
+  )
+  for epoch in range(epochs):
+    assert Counter(rows[epoch * len(windows) : (epoch + 1) * len(windows)]) == expected
+
+
+def test_batches_depend_on_seed_and_step_alone():
+  documents = make_documents([7] * 20)
+  batches = make_batches(documents)
+  in_order = [as_rows(batches[step]) for step in range(30)]
+  again = make_batches(documents)
+  assert [as_rows(again[step]) for step in reversed(range(30))] == in_order[::-1]
+  other = make_batches(documents, seed=1)
+  assert [as_rows(other[step]) for step in range(30)] != in_order
+
+
+def test_epochs_are_shuffled_afresh():
+  documents = make_documents([7] * 20)  # 40 windows of 4
+  batches = make_batches(documents, batch_size=40)
+  unshuffled = [
+    as_rows({k: v[None] for k, v in window.items()})[0]
+    for window in PackedWindows(documents, bos_id=BOS, eos_id=EOS, seq_len=4)
+  ]
+  orders = [unshuffled, *(as_rows(batches[epoch]) for epoch in range(4))]
+  for i, order in enumerate(orders):
+    assert sorted(order) == sorted(unshuffled)
+    for other in orders[:i]:
+      # Two random orders of 40 agree in one place on average.
+      assert sum(a == b for a, b in zip(order, other, strict=True)) < 10
+
+
+def test_endless_batches_of_one_have_a_length():
+  assert len(make_batches(make_documents([3]), batch_size=1)) > 10**15
+
+
+@settings(deadline=None)
+@given(
+  lengths=lengths_of_documents,
+  seq_len=seq_lens,
+  batch_size=st.integers(1, 5),
+  max_tokens=st.none() | st.integers(1, 100),
+)
+def test_carried_batches_continue_each_row(lengths, seq_len, batch_size, max_tokens):
+  documents = make_documents(lengths)
+  stream = make_stream(documents)[:max_tokens]
+  sizes = dict(bos_id=BOS, eos_id=EOS, seq_len=seq_len, batch_size=batch_size)
+  batches = list(carried_batches(documents, max_tokens=max_tokens, **sizes))
+  row_len = -(-len(stream) // batch_size)
+  assert len(batches) == -(-row_len // seq_len)
+  for batch in batches:
+    check_types(batch, (batch_size, seq_len))
+  for r in range(batch_size if batches else 0):
+    row = {key: np.concatenate([batch[key][r] for batch in batches]) for key in KEYS}
+    assert (np.diff(row["mask"].astype(int)) <= 0).all()
+    assert real_positions(row) == stream[r * row_len : (r + 1) * row_len]
+
+
+@pytest.mark.parametrize("name", ["seq_len", "batch_size", "max_tokens"])
+def test_sizes_below_one_are_refused(name):
+  documents = make_documents([3])
+  sizes = dict(bos_id=BOS, eos_id=EOS, seq_len=4, batch_size=2)
+  with pytest.raises(ValueError, match=f"{name} >= 1, got 0"):
+    carried_batches(documents, **{**sizes, name: 0})
+  if name != "max_tokens":
+    with pytest.raises(ValueError, match=f"{name} >= 1, got 0"):
+      make_batches(documents, **{name: 0})
+
+
+def test_training_on_nothing_is_refused():
+  with pytest.raises(ValueError, match="got none"):
+    make_batches(Documents.from_arrays([]))
