@@ -9,8 +9,29 @@ if __name__ != "triform.arch":
     "`import triform.arch`"
   )
 
-from .interface import SequenceModule, put_rows, take_rows  # noqa: E402  (the guard comes first)
-from .mixers.retention import Retention, RetentionState  # noqa: E402
-from .models.retnet import RetNet  # noqa: E402
+from .generation import generate, stream
+from .interface import FORMS, SequenceModule, put_rows, state_bytes, take_rows
+from .loading import load
+from .mixers.retention import Retention, RetentionState
+from .models import build
+from .models.language_model import LanguageModel
+from .models.retnet import RetNet
+from .models.stack import Block, Stack
 
-__all__ = ["RetNet", "Retention", "RetentionState", "SequenceModule", "put_rows", "take_rows"]
+__all__ = [
+  "FORMS",
+  "Block",
+  "LanguageModel",
+  "RetNet",
+  "Retention",
+  "RetentionState",
+  "SequenceModule",
+  "Stack",
+  "build",
+  "generate",
+  "load",
+  "put_rows",
+  "state_bytes",
+  "stream",
+  "take_rows",
+]

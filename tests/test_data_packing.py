@@ -202,6 +202,11 @@ def test_sizes_below_one_are_refused(name):
       make_batches(documents, **{name: 0})
 
 
+def test_a_negative_seed_is_refused():
+  with pytest.raises(ValueError, match="seed >= 0, got -1"):
+    make_batches(make_documents([3]), seed=-1)
+
+
 def test_training_on_nothing_is_refused():
   with pytest.raises(ValueError, match="got none"):
     make_batches(Documents.from_arrays([]))

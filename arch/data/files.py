@@ -1,11 +1,21 @@
-"""Writing cache files that are either absent or whole."""
+"""Cache files: named by content, and either absent or whole."""
 
 import contextlib
+import hashlib
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
+
+
+def content_hash(texts: Iterable[str]) -> str:
+  """A hash of the texts and of where each of them ends."""
+  digest = hashlib.sha256()
+  for text in texts:
+    data = text.encode("utf-8")
+    digest.update(len(data).to_bytes(8, "little") + data)
+  return digest.hexdigest()[:16]
 
 
 @contextlib.contextmanager

@@ -27,7 +27,7 @@ class Documents:
   ends: np.ndarray  # int64[docs], where each document ends in `tokens`
 
   def __post_init__(self):
-    steps = np.diff([0, *self.ends, len(self.tokens)])
+    steps = np.diff(self.ends, prepend=0, append=len(self.tokens))
     if steps.min() < 0 or steps[-1] != 0:
       raise ValueError(
         f"expected ends that ascend to the {len(self.tokens)} tokens, got {self.ends}"
@@ -37,7 +37,7 @@ class Documents:
   def from_arrays(cls, arrays: Sequence[np.ndarray]) -> "Documents":
     """Joins one int array per document."""
     lengths = [len(array) for array in arrays]
-    tokens = np.concatenate([*arrays, np.zeros(0, np.int32)], dtype=np.int32)
+    tokens = np.concatenate([np.zeros(0, np.int32), *arrays], dtype=np.int32)
     return cls(tokens, np.cumsum(lengths, dtype=np.int64))
 
   def __len__(self) -> int:
@@ -112,6 +112,8 @@ def train_batches(
   step. Every epoch has its own order and sees every window once; a batch may straddle two epochs.
   """
   _check_positive(batch_size=batch_size)
+  if seed < 0:
+    raise ValueError(f"expected seed >= 0, got {seed}")
   windows = PackedWindows(documents, bos_id=bos_id, eos_id=eos_id, seq_len=seq_len)
   if not len(windows):
     raise ValueError("expected at least one document to train on, got none")

@@ -5,14 +5,16 @@ library, so a language model can be trained with no download at all. One documen
 """
 
 import hashlib
+import itertools
 import sys
 import sysconfig
 from pathlib import Path
 
 import tensorflow_datasets as tfds
 
-# Test suites are three fifths of the library's bytes and mostly repetitive tables; the packages
-# folders hold whatever the user installed.
+from .files import content_hash
+
+# Test suites would be three fifths of the bytes; the packages folders hold what users installed.
 _SKIPPED_FOLDERS = frozenset(
   {"__pycache__", "dist-packages", "idle_test", "site-packages", "test", "tests"}
 )
@@ -37,15 +39,6 @@ def _read_documents(root: Path) -> dict[str, str]:
       if text:
         documents[path.as_posix()] = text
   return documents
-
-
-def _content_hash(documents: dict[str, str]) -> str:
-  digest = hashlib.sha256()
-  for item in documents.items():
-    for part in item:
-      data = part.encode("utf-8")
-      digest.update(len(data).to_bytes(8, "little") + data)
-  return digest.hexdigest()[:8]
 
 
 def _is_validation(path: str) -> bool:
@@ -76,7 +69,8 @@ class PythonStdlib(tfds.core.GeneratorBasedBuilder):
 
   def get_default_builder_config(self) -> tfds.core.BuilderConfig:
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
-    return tfds.core.BuilderConfig(name=f"py{version}-{_content_hash(self._documents)}")
+    content = content_hash(itertools.chain.from_iterable(self._documents.items()))
+    return tfds.core.BuilderConfig(name=f"py{version}-{content[:8]}")
 
   def _info(self) -> tfds.core.DatasetInfo:
     return self.dataset_info_from_configs(
@@ -97,3 +91,9 @@ class PythonStdlib(tfds.core.GeneratorBasedBuilder):
     for path, text in self._documents.items():
       if _is_validation(path) == validation:
         yield path, {"path": path, "text": text}
+
+
+def held_out_text() -> bytes:
+  """The validation documents, one after another."""
+  documents = _read_documents(stdlib_root())
+  return "".join(text for path, text in documents.items() if _is_validation(path)).encode()

@@ -1,12 +1,13 @@
 """Text corpora as tokenised documents."""
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tensorflow_datasets as tfds
 
 from .files import atomic_write
 from .packing import Documents
@@ -26,7 +27,9 @@ class TextData:
   validation: Documents
 
 
-def load_text(config: Mapping[str, Any], vocab_size: int) -> TextData:
+def load_text(
+  config: Mapping[str, Any], vocab_size: int, tokenizer: Tokenizer | None = None
+) -> TextData:
   """Prepares a corpus, or reads it back if that was done before.
 
   Args:
@@ -35,6 +38,7 @@ def load_text(config: Mapping[str, Any], vocab_size: int) -> TextData:
       else `~/.cache/triform`.
     vocab_size: that of the model. A sentencepiece tokenizer is trained on the train split to have
       exactly this size; the byte tokenizer needs 257.
+    tokenizer: that of an earlier run, which then is used as it is.
   """
   _check_choice("corpus", config["name"], _CORPORA)
   _check_choice("tokenizer", config["tokenizer"], _TOKENIZERS)
@@ -45,9 +49,9 @@ def load_text(config: Mapping[str, Any], vocab_size: int) -> TextData:
   folder = Path(folder).expanduser()
   builder = _prepared(_CORPORA[config["name"]], folder / "tfds")
   texts = {split: _texts(builder, split) for split in ("train", "validation")}
-  if config["tokenizer"] == "bytes":
+  if tokenizer is None and config["tokenizer"] == "bytes":
     tokenizer = ByteTokenizer()
-  else:
+  elif tokenizer is None:
     tokenizer = train_sentencepiece(texts["train"], vocab_size, folder / "tokenizers")
   tokens = folder / "tokens" / builder.info.full_name / tokenizer.fingerprint
   documents = {split: _tokenised(tokens / split, texts[split], tokenizer) for split in texts}
@@ -84,12 +88,13 @@ def _read_utf8(file: Path) -> str:
     raise ValueError(f"expected UTF-8 text in {file}: {error}") from error
 
 
-def _check_choice(kind: str, choice: str, known: Sequence[str]) -> None:
+def _check_choice(kind: str, choice: str, known: Collection[str]) -> None:
   if choice not in known:
     raise ValueError(f"expected a {kind} among {', '.join(known)}, got {choice!r}")
 
 
 def _prepared(builder_class: Callable, folder: Path):
+  tfds.disable_progress_bar()
   builder = builder_class(data_dir=folder)
   try:
     builder.download_and_prepare()

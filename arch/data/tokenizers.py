@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import sentencepiece
 
-from .files import atomic_write
+from .files import atomic_write, content_hash
 
 _DESCRIPTION = "tokenizer.json"
 _MODEL = "tokenizer.model"
@@ -29,8 +29,8 @@ _MODEL = "tokenizer.model"
 # sentencepiece writes a space as U+2581, so a U+2581 of the text would come back as a space.
 _SPACE_MARK = "\u2581"
 
-# The settings under which sentencepiece loses nothing. Text is fed with its newlines kept, so
-# that pieces such as `):\n` can form: 3.6 bytes per token on source code, against 2.2 by lines.
+# The settings under which sentencepiece loses nothing. Text is fed with its newlines kept, so that
+# pieces such as `):\n` can form: 3.41 bytes per token on source code, against 3.21 line by line.
 _TRAINER_SETTINGS = {
   "model_type": "bpe",
   "normalization_rule_name": "identity",
@@ -69,7 +69,7 @@ class Tokenizer(abc.ABC):
   @property
   @abc.abstractmethod
   def fingerprint(self) -> str:
-    """A short hash, equal for two tokenizers if they encode alike."""
+    """A short hash, the same for two tokenizers only if they encode alike."""
 
   @abc.abstractmethod
   def encode(self, text: str) -> np.ndarray:  # int32[n]
@@ -99,7 +99,7 @@ class ByteTokenizer(Tokenizer):
   fingerprint = "bytes"
 
   def encode(self, text: str) -> np.ndarray:  # int32[n]
-    return np.frombuffer(_utf8(text), np.uint8).astype(np.int32)
+    return np.frombuffer(text.encode("utf-8"), np.uint8).astype(np.int32)
 
   def save(self, folder: str | Path) -> None:
     _save_description(Path(folder), "bytes")
@@ -129,7 +129,7 @@ class SentencePieceTokenizer(Tokenizer):
     return hashlib.sha256(self.model_proto).hexdigest()[:16]
 
   def encode(self, text: str) -> np.ndarray:  # int32[n]
-    first, *rest = _utf8(text).split(_SPACE_MARK.encode("utf-8"))
+    first, *rest = text.encode("utf-8").split(_SPACE_MARK.encode("utf-8"))
     ids = self._processor.encode(first)
     for part in rest:
       ids += self._space_mark_ids
@@ -161,7 +161,8 @@ def train_sentencepiece(
   """
   texts = list(texts)
   settings = {**_TRAINER_SETTINGS, "vocab_size": vocab_size}
-  path = Path(cache_dir) / f"sentencepiece-{_training_key(texts, settings)}.model"
+  recipe = repr((sentencepiece.__version__, sorted(settings.items())))
+  path = Path(cache_dir) / f"sentencepiece-{content_hash([recipe, *texts])}.model"
   if not path.exists():
     model = io.BytesIO()
     try:
@@ -207,26 +208,9 @@ class StreamDecoder:
     return self._decoder.decode(b"", final=True)
 
 
-def _utf8(text: str) -> bytes:
-  try:
-    return text.encode("utf-8")
-  except UnicodeEncodeError as error:
-    raise ValueError(
-      f"expected valid Unicode, got the lone surrogate {text[error.start]!r} at {error.start}"
-    ) from None
-
-
 def _save_description(folder: Path, kind: str) -> None:
   with atomic_write(folder / _DESCRIPTION) as file:
     file.write(json.dumps({"type": kind}).encode())
-
-
-def _training_key(texts: Sequence[str], settings: dict) -> str:
-  digest = hashlib.sha256(repr((sentencepiece.__version__, sorted(settings.items()))).encode())
-  for text in texts:
-    data = _utf8(text)
-    digest.update(len(data).to_bytes(8, "little") + data)
-  return digest.hexdigest()[:16]
 
 
 def _chunks(texts: Sequence[str]) -> Iterator[str]:

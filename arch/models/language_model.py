@@ -63,11 +63,18 @@ class LanguageModel(SequenceModule):
   def init_state(self, batch_size, *, max_len=None):
     return self.stack.init_state(batch_size, max_len=max_len)
 
-  def __call__(self, ids, state=None, *, form="parallel", reset=None, mask=None, rngs=None):
+  def encode(self, ids, state=None, *, form="parallel", reset=None, mask=None, rngs=None):
+    """Token ids to the features `[b, t, d]` that `read_out` turns into logits, and the state."""
     check_call(ids, form, reset, mask)
     x = self.embedding(jnp.asarray(ids))
     x = x * jnp.asarray(self.embedding_scale, x.dtype)
     x, state = self.stack(x, state, form=form, reset=reset, mask=mask, rngs=rngs)
-    x = self.norm(x)
-    logits = self.embedding.attend(x) if self.head is None else self.head(x)
-    return logits.astype(state_dtype(logits.dtype)), state
+    return self.norm(x), state
+
+  def read_out(self, features: jax.Array) -> jax.Array:
+    logits = self.embedding.attend(features) if self.head is None else self.head(features)
+    return logits.astype(state_dtype(logits.dtype))
+
+  def __call__(self, ids, state=None, *, form="parallel", reset=None, mask=None, rngs=None):
+    features, state = self.encode(ids, state, form=form, reset=reset, mask=mask, rngs=rngs)
+    return self.read_out(features), state

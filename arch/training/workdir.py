@@ -134,16 +134,17 @@ def _check_resumable(workdir: Path, saved: ConfigDict, given: ConfigDict) -> Non
 def _fixed_values(config: ConfigDict) -> dict[str, Any]:
   return {
     key: value
-    for key, value in _flatten(config).items()
+    for key, value in flatten(config).items()
     if any(key == fixed or key.startswith(fixed + ".") for fixed in FIXED)
   }
 
 
-def _flatten(config: ConfigDict, prefix: str = "") -> dict[str, Any]:
+def flatten(config: ConfigDict, prefix: str = "") -> dict[str, Any]:
+  """The fields of a configuration by their dotted names."""
   flat = {}
   for key, value in config.items():
     if isinstance(value, ConfigDict):
-      flat |= _flatten(value, f"{prefix}{key}.")
+      flat |= flatten(value, f"{prefix}{key}.")
     else:
       flat[prefix + key] = value
   return flat

@@ -1,0 +1,73 @@
+"""Loss of a language model on documents, with its state carried from piece to piece."""
+
+import functools
+import math
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from .data.packing import Documents, carried_batches
+from .data.tokenizers import Tokenizer
+from .interface import Form, SequenceModule
+from .layout import split_model
+from .training.step import token_losses
+
+
+def evaluate(
+  model: SequenceModule,
+  documents: Documents,
+  tokenizer: Tokenizer,
+  *,
+  form: Form = "chunkwise",
+  seq_len: int = 512,
+  batch_size: int = 16,
+  max_tokens: int | None = None,
+) -> dict[str, Any]:
+  """Cross entropy over `documents` (their first `max_tokens` tokens), every token counted once.
+
+  The text is cut into `batch_size` rows, each read in pieces of `seq_len` tokens from the state
+  the piece before left, so a document is seen from its beginning however long it is.
+
+  Returns:
+    `loss` in nats per token, `perplexity = exp(loss)`, `bits_per_byte`, which compares models
+    of different tokenizers, and the number of `tokens` and `bytes`.
+  """
+  graphdef, params, variables = split_model(model)
+  state = model.init_state(batch_size, max_len=seq_len)
+  total, tokens, text_bytes = 0.0, 0, 0
+  batches = carried_batches(
+    documents,
+    bos_id=tokenizer.bos_id,
+    eos_id=tokenizer.eos_id,
+    seq_len=seq_len,
+    batch_size=batch_size,
+    max_tokens=max_tokens,
+  )
+  for batch in batches:
+    losses, state = _piece(graphdef, form, params, variables, state, jax.device_put(batch))
+    total += float(np.sum(jax.device_get(losses), dtype=np.float64))
+    tokens += int(batch["mask"].sum())
+    text_bytes += int(tokenizer.token_bytes[batch["targets"]][batch["mask"]].sum())
+  loss = total / tokens
+  return {
+    "loss": loss,
+    "perplexity": math.exp(loss),
+    "bits_per_byte": bits_per_byte(total, text_bytes),
+    "tokens": tokens,
+    "bytes": text_bytes,
+  }
+
+
+def bits_per_byte(total_nats: float, text_bytes: int) -> float:
+  return total_nats / math.log(2) / max(text_bytes, 1)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=4)
+def _piece(graphdef, form, params, variables, state, batch):
+  model = nnx.merge(graphdef, params, variables)
+  logits, state = model(
+    batch["inputs"], state, form=form, reset=batch["reset"], mask=batch["mask"]
+  )
+  return token_losses(logits, batch), state

@@ -1,0 +1,114 @@
+"""Sampling from a language model: chunkwise prefill, then one recurrent step per token."""
+
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from .interface import SequenceModule
+from .layout import split_model
+
+PREFILL_PIECE = 512
+SMALLEST_PIECE = 16
+
+
+def stream(
+  model: SequenceModule,
+  ids: Any,  # int[b, t] or int[t]
+  *,
+  max_new_tokens: int,
+  temperature: float = 1.0,
+  top_k: int | None = None,
+  top_p: float | None = None,
+  seed: int = 0,
+) -> Iterator[np.ndarray]:  # int32[b] each
+  """Yields the continuation of `ids` token by token, in constant memory and time per token.
+
+  Args:
+    model: a causal language model; one with unrolled layers decodes fastest.
+    ids: the prompt, at least one token (a document begins with the tokenizer's `bos_id`).
+    max_new_tokens: how many tokens to yield.
+    temperature: logits are divided by it; 0 takes the most likely token.
+    top_k: sample among the `k` most likely tokens only.
+    top_p: sample among the most likely tokens that together have this probability only.
+    seed: the same seed, prompt and model give the same tokens.
+
+  Raises:
+    ValueError: for an empty prompt, or a setting out of range.
+  """
+  ids = np.atleast_2d(np.asarray(ids, np.int32))
+  b, t = ids.shape
+  if t == 0:
+    raise ValueError("the prompt is empty, expected at least one token (such as bos_id)")
+  for name, value, fits in (
+    ("temperature", temperature, temperature >= 0),
+    ("top_k", top_k, top_k is None or top_k >= 1),
+    ("top_p", top_p, top_p is None or 0 < top_p <= 1),
+    ("max_new_tokens", max_new_tokens, max_new_tokens >= 0),
+  ):
+    if not fits:
+      raise ValueError(f"{name} is {value}, which is out of range")
+  return _stream(model, ids, max_new_tokens, (temperature, top_k, top_p), seed)
+
+
+def generate(model: SequenceModule, ids: Any, **options: Any) -> np.ndarray:  # int32[b, n]
+  """All of the continuation at once; arguments as in `stream`."""
+  tokens = list(stream(model, ids, **options))
+  rows = np.atleast_2d(np.asarray(ids)).shape[0]
+  return np.stack(tokens, axis=1) if tokens else np.zeros((rows, 0), np.int32)
+
+
+def _stream(model, ids, max_new_tokens, sampling, seed):
+  graphdef, params, variables = split_model(model)
+  weights = (params, variables)
+  b, t = ids.shape
+  state = model.init_state(b, max_len=t + max_new_tokens)
+  for start in range(0, t, PREFILL_PIECE):
+    piece = ids[:, start : start + PREFILL_PIECE]
+    real = piece.shape[1]
+    padded = min(PREFILL_PIECE, max(SMALLEST_PIECE, 1 << (real - 1).bit_length()))
+    piece = np.pad(piece, ((0, 0), (0, padded - real)))
+    logits, state = _prefill(graphdef, weights, state, piece, np.int32(real))
+  key = jax.random.key(seed)
+  for n in range(max_new_tokens):
+    token = _sample(logits, jax.random.fold_in(key, n), *sampling)
+    if n + 1 < max_new_tokens:
+      logits, state = _decode(graphdef, weights, state, token)
+    yield np.asarray(token)
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+def _prefill(graphdef, weights, state, piece, real):
+  model = nnx.merge(graphdef, *weights)
+  mask = jnp.broadcast_to(jnp.arange(piece.shape[1])[None] < real, piece.shape)
+  features, state = model.encode(piece, state, form="chunkwise", mask=mask)
+  last = jax.lax.dynamic_index_in_dim(features, real - 1, axis=1)
+  return model.read_out(last)[:, 0], state
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+def _decode(graphdef, weights, state, token):
+  logits, state = nnx.merge(graphdef, *weights)(token[:, None], state, form="recurrent")
+  return logits[:, 0], state
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3, 4))
+def _sample(logits, key, temperature, top_k, top_p):
+  """[b, vocab] -> int32[b]."""
+  if temperature == 0:
+    return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+  logits = logits / temperature
+  if top_k is not None:
+    kth = jax.lax.top_k(logits, min(top_k, logits.shape[-1]))[0][:, -1:]
+    logits = jnp.where(logits < kth, -jnp.inf, logits)
+  if top_p is not None:
+    descending = -jnp.sort(-logits, axis=-1)
+    probabilities = jax.nn.softmax(descending, axis=-1)
+    likelier = jnp.cumsum(probabilities, axis=-1) - probabilities
+    smallest = jnp.min(jnp.where(likelier < top_p, descending, jnp.inf), axis=-1, keepdims=True)
+    logits = jnp.where(logits < smallest, -jnp.inf, logits)
+  return jax.random.categorical(key, logits).astype(jnp.int32)

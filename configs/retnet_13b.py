@@ -1,0 +1,28 @@
+"""RetNet, the published code's 13B size: 12,943,774,720 parameters.
+
+    python train.py --config=configs/retnet_13b.py --workdir=runs/retnet_13b
+"""
+
+from triform.arch.training.config import default_config
+
+
+def get_config():
+  config = default_config(
+    architecture="retnet",
+    vocab_size=32000,
+    d_model=5120,
+    num_layers=40,
+    num_heads=20,
+    value_dim=8560,
+    ffn_dim=8560,
+    decay_schedule="linspace",
+    dropout=0.1,
+    dtype="bfloat16",
+  )
+  config.seq_len = 2048
+  config.batch_size = 32
+  config.total_steps = 25000
+  config.optimizer.learning_rate = 3e-4
+  config.optimizer.warmup_steps = 375
+  config.optimizer.clip_norm = 2.0
+  return config

@@ -1,0 +1,28 @@
+"""RetNet, the 1.3B of the paper (Table 2), with the published code's widths: 1,351,714,816 parameters.
+
+    python train.py --config=configs/retnet_1b.py --workdir=runs/retnet_1b
+"""
+
+from triform.arch.training.config import default_config
+
+
+def get_config():
+  config = default_config(
+    architecture="retnet",
+    vocab_size=32000,
+    d_model=2048,
+    num_layers=24,
+    num_heads=8,
+    value_dim=3456,
+    ffn_dim=3456,
+    decay_schedule="linspace",
+    dropout=0.1,
+    dtype="bfloat16",
+  )
+  config.seq_len = 2048
+  config.batch_size = 32
+  config.total_steps = 25000
+  config.optimizer.learning_rate = 6e-4
+  config.optimizer.warmup_steps = 375
+  config.optimizer.clip_norm = 2.0
+  return config

@@ -1,0 +1,19 @@
+"""Settings every test runs under: CPU, no silent rank promotion, reproducible examples."""
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+from hypothesis import HealthCheck, settings
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+COMMON = {"deadline": None, "suppress_health_check": list(HealthCheck)}
+settings.register_profile("quick", max_examples=6, derandomize=True, database=None, **COMMON)
+settings.register_profile("thorough", max_examples=100, **COMMON)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
+
+
+def pytest_configure(config):
+  config.addinivalue_line("markers", "slow: takes minutes; `-m 'not slow'` leaves it out")

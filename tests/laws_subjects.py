@@ -1,0 +1,111 @@
+"""The modules held to the laws. A new architecture adds a `register` call here."""
+
+import functools
+
+import numpy as np
+from flax import nnx
+from laws import distinct_ids, register, vectors
+from toy import ToyBlock
+
+from triform.arch import Block, Retention, RetentionState, RetNet, Stack
+from triform.arch.layers.feed_forward import GatedFeedForward
+from triform.kernels.retention import reference
+
+D, VOCAB = 8, 32
+
+
+def retention_oracle(variables, x, state, reset, mask, *, dialect, eps=1e-6):
+  """`Retention` with a fixed decay, a token and a row at a time, as the paper prints it."""
+  kernel = {name: p["kernel"] for name, p in variables.items() if isinstance(p, dict)}
+  log_decay = variables["log_decay"]
+  h, steps = len(log_decay), [int(s) for s in variables["rotary_steps"]]
+  x, (b, t, _) = x.astype(np.float64), x.shape
+  q, k, v = ((x @ kernel[name]).reshape(b, t, -1, _size) for name, _size in (
+    ("query", 2 * len(steps)),
+    ("key", 2 * len(steps)),
+    ("value", kernel["output"].shape[0] // h),
+  ))
+  positions, after = np.zeros((b, t), object), []
+  for row, seen in enumerate(state.position):
+    seen = int(seen)
+    for n in range(t):
+      if mask[row, n]:
+        seen = 0 if reset[row, n] else seen
+        positions[row, n] = seen
+        seen += 1
+    after.append(seen % 2**32)
+
+  def rotate(a):
+    turns = np.array([[[p * s % 2**32 / 2**32 for s in steps] for p in row] for row in positions])
+    complex_ = (a[..., : len(steps)] + 1j * a[..., len(steps) :]) * np.exp(2j * np.pi * turns)[:, :, None]
+    return np.concatenate([complex_.real, complex_.imag], axis=-1)
+
+  o, kv = reference.retention(
+    rotate(q),
+    rotate(k) / np.sqrt(2 * len(steps)),
+    v,
+    log_decay,
+    state=state.kv,
+    reset=reset,
+    mask=mask,
+  )
+  count = positions.astype(np.float64)[..., None] + 1
+  scale = 1.0
+  if dialect == "torchscale":
+    scale = (np.expm1(log_decay * count) / np.expm1(log_decay))[..., None]
+  o = o / np.sqrt(np.mean(o**2, axis=-1, keepdims=True) + eps * scale)
+  o = (o * variables.get("norm_weight", 1.0)).reshape(b, t, -1)
+  gate = x @ kernel["gate"]
+  return (gate / (1 + np.exp(-gate)) * o) @ kernel["output"], RetentionState(kv, np.uint32(after))
+
+
+def retention(**options):
+  return functools.partial(Retention, D, **{"num_heads": 2, "chunk_size": 4} | options)
+
+
+def oracle(dialect):
+  return functools.partial(retention_oracle, dialect=dialect)
+
+
+def block(dtype, param_dtype, rngs, dropout=0.0):
+  dtypes = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+  return Block(
+    mixer_norm=nnx.RMSNorm(D, **dtypes),
+    mixer=retention()(**dtypes),
+    feed_forward_norm=nnx.RMSNorm(D, **dtypes),
+    feed_forward=GatedFeedForward(D, 12, **dtypes),
+    dropout=dropout,
+  )
+
+
+def stack(scan, one=block):
+  def make(dtype, param_dtype, rngs):
+    return Stack(lambda r: one(dtype=dtype, param_dtype=param_dtype, rngs=r), 2, scan=scan, rngs=rngs)
+
+  return make
+
+
+def language_model(**options):
+  sizes = {"vocab_size": VOCAB, "d_model": D, "num_layers": 2, "num_heads": 2}
+  sizes |= {"value_dim": 16, "ffn_dim": 12, "chunk_size": 4}
+  return functools.partial(RetNet, **sizes | options)
+
+
+def table(parameters):
+  return parameters["embedding"]["embedding"]
+
+
+register("retention-fixed", retention(), vectors(D), oracle=oracle("torchscale"))
+register("retention-learned", retention(decay="learned"), vectors(D))
+register("retention-gated", retention(decay="gated"), vectors(D))
+register("retention-fla", retention(dialect="fla"), vectors(D), oracle=oracle("fla"))
+register("retention-grouped", retention(num_heads=4, num_kv_heads=2), vectors(D), oracle=oracle("torchscale"))
+register("block", functools.partial(block, dropout=0.3), vectors(D), trains=True)
+register("stack-scanned", stack(True), vectors(D))
+register("stack-unrolled", stack(False), vectors(D))
+register("toy", functools.partial(ToyBlock, D), vectors(D), trains=True)
+register("toy-scanned", stack(True, functools.partial(ToyBlock, D)), vectors(D), trains=True)
+register("retnet-torchscale", language_model(scan_layers=False), distinct_ids(VOCAB), table=table)
+register(
+  "retnet-fla", language_model(dialect="fla", scan_layers=True), distinct_ids(VOCAB), table=table
+)

@@ -1,0 +1,130 @@
+"""Every law, over every registered module. What the laws are: `laws.py`."""
+
+import hypothesis.strategies as st
+import jax
+import laws
+import laws_subjects  # noqa: F401  registers
+import numpy as np
+import pytest
+from hypothesis import given
+from laws import BATCH, DTYPES, LENGTH, PIECES, SUBJECTS, cases, forms, splits
+
+from triform.arch.interface import FORMS
+
+SEEDS = st.integers(0, 999)
+CUTS = st.integers(1, LENGTH - 1)
+# A million, the last positions before a phase's sign changes and before counters wrap.
+FAR = st.sampled_from([1_000_000, 2**31 - 3, 2**32 - LENGTH - 1])
+
+
+# Module scope groups the tests by subject, so that its compiled programs are used while cached.
+@pytest.fixture(scope="module", params=SUBJECTS)
+def name(request):
+  yield request.param
+  laws.bench.cache_clear()
+  jax.clear_caches()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@given(data=st.data())
+def test_law_1_forms_agree(name, dtype, data):
+  laws.forms_agree(name, dtype, data.draw(cases(name)))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@given(data=st.data())
+def test_law_1_absent_means_default(name, form, data):
+  laws.absent_means_default(name, data.draw(cases(name)), form)
+
+
+def test_law_1_forms_are_three_algorithms(name):
+  laws.forms_are_algorithms(name)
+
+
+@given(data=st.data())
+def test_law_1_forms_agree_in_training(name, data):
+  if not SUBJECTS[name].trains:
+    pytest.skip("neither dropout nor batch statistics")
+  case = data.draw(cases(name))
+  case.mask[0, 0] = True  # statistics of nothing are NaN
+  laws.forms_agree(name, "float64", case, key=jax.random.key(data.draw(SEEDS)))
+
+
+@given(data=st.data(), lengths=splits())
+def test_law_2_splits_compose(name, data, lengths):
+  pieces = [data.draw(forms()) for _ in lengths]
+  laws.splits_compose(name, data.draw(cases(name)), lengths, pieces, data.draw(forms()))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@given(data=st.data(), cut=CUTS, pieces=st.tuples(forms(), forms()))
+def test_law_2_windows_compose(name, dtype, data, cut, pieces):
+  laws.windows_compose(name, dtype, data.draw(cases(name)), cut, pieces)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@given(data=st.data(), form=forms(), seed=SEEDS)
+def test_law_3_padding_is_invisible(name, dtype, data, form, seed):
+  laws.padding_is_invisible(name, dtype, data.draw(cases(name)), form, seed)
+
+
+@given(data=st.data(), form=forms(), seed=SEEDS)
+def test_law_3_padding_is_invisible_in_training(name, data, form, seed):
+  if not SUBJECTS[name].trains:
+    pytest.skip("neither dropout nor batch statistics")
+  case = data.draw(cases(name))
+  case.mask[0, 0] = True
+  laws.padding_is_invisible(name, "float64", case, form, seed, key=jax.random.key(seed))
+
+
+@given(data=st.data(), count=st.sampled_from(PIECES), form=forms(), seed=SEEDS)
+def test_law_3_holes_are_skipped(name, data, count, form, seed):
+  laws.holes_are_skipped(name, data.draw(cases(name)), count, form, seed)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("form", FORMS)
+@given(data=st.data())
+def test_law_3_masked_calls_change_nothing(name, dtype, form, data):
+  laws.masked_calls_change_nothing(name, dtype, data.draw(cases(name)), form)
+
+
+@given(data=st.data(), lengths=st.tuples(splits(), splits()), form=forms(), alone=forms())
+def test_law_4_packing_is_separation(name, data, lengths, form, alone):
+  laws.packing_is_separation(name, data.draw(cases(name)), lengths, form, alone)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@given(data=st.data(), cut=CUTS, form=forms())
+def test_law_4_documents_are_windows(name, dtype, data, cut, form):
+  laws.documents_are_windows(name, dtype, data.draw(cases(name)), cut, form)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@given(data=st.data(), form=forms(), row=st.integers(0, BATCH - 1), token=st.integers(0, LENGTH - 1))
+def test_law_5_outputs_are_causal(name, dtype, data, form, row, token):
+  laws.outputs_are_causal(name, dtype, data.draw(cases(name)), form, row, token)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_law_6_state_is_constant(name, dtype):
+  laws.state_is_constant(name, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@given(data=st.data(), form=forms())
+def test_rows_move(name, dtype, data, form):
+  laws.rows_move(name, dtype, data.draw(cases(name)), form)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@given(data=st.data(), form=forms(), position=FAR)
+def test_law_7_positions_do_not_drift(name, dtype, data, form, position):
+  laws.positions_do_not_drift(name, dtype, data.draw(cases(name)), form, position)
+
+
+@given(data=st.data(), form=forms(), position=st.one_of(FAR, st.integers(0, 99)))
+def test_law_7_oracle_agrees(name, data, form, position):
+  if SUBJECTS[name].oracle is None:
+    pytest.skip("no oracle")
+  laws.oracle_agrees(name, data.draw(cases(name)), form, position)

@@ -1,0 +1,194 @@
+import json
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import chex
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from tests.tiny_run import tiny_config, use_corpus, write_corpus
+
+from triform.arch import build, load
+from triform.arch.data import python_stdlib
+from triform.arch.layout import split_model
+from triform.arch.training import loop
+from triform.arch.training.checkpoints import read_abstract, restore
+from triform.arch.training.loop import NonFiniteError, train
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+  root = tmp_path_factory.mktemp("run") / "stdlib"
+  write_corpus(root)
+  return root
+
+
+@pytest.fixture(autouse=True)
+def small_stdlib(corpus, monkeypatch):
+  monkeypatch.setattr(python_stdlib, "stdlib_root", python_stdlib.stdlib_root)
+  use_corpus(corpus)
+
+
+def config_of(corpus, **changes):
+  return tiny_config(corpus.parent, **changes)
+
+
+def everything_kept(workdir):
+  folder = workdir / "checkpoints"
+  return restore(folder, read_abstract(folder))
+
+
+def lines(workdir):
+  return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_that_is_resumed_ends_bit_for_bit_like_one_that_was_not(corpus, tmp_path):
+  train(config_of(corpus), tmp_path / "whole")
+  train_until(7, config_of(corpus), tmp_path / "cut")
+  train(config_of(corpus), tmp_path / "cut")
+  whole, cut = everything_kept(tmp_path / "whole"), everything_kept(tmp_path / "cut")
+  assert whole[0] == cut[0] == 12
+  chex.assert_trees_all_equal(whole[1], cut[1])
+  losses = [[r["loss"] for r in lines(tmp_path / n) if "loss" in r] for n in ("whole", "cut")]
+  assert losses[0] == losses[1]
+
+
+def train_until(steps, config, workdir):
+  """Trains until the metrics of step `steps` are read, then raises SIGTERM in this process."""
+  original = loop._Meter.read
+
+  def read(self, writer, folder, step, batch, metrics):
+    original(self, writer, folder, step, batch, metrics)
+    if step == steps:
+      signal.raise_signal(signal.SIGTERM)
+
+  loop._Meter.read = read
+  try:
+    assert not train(config, workdir)
+  finally:
+    loop._Meter.read = original
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_killed_process_resumes_bit_for_bit(corpus, tmp_path, number):
+  steps, victim = 40, random.Random().randrange(6, 35)
+  print(f"killed at step {victim}")  # shown if the test fails
+  train_child(corpus, tmp_path / "whole", steps)
+  child = start_child(corpus, tmp_path / "cut", steps)
+  for line in child.stdout:
+    if line.startswith(f"step {victim}/"):
+      child.send_signal(number)
+      break
+  rest = child.communicate(timeout=120)[0]
+  if number == signal.SIGTERM:
+    assert child.returncode == 0 and "stopped" in rest
+    assert everything_kept(tmp_path / "cut")[0] >= victim
+  else:
+    assert child.returncode == -signal.SIGKILL
+  train_child(corpus, tmp_path / "cut", steps)
+  whole, cut = everything_kept(tmp_path / "whole"), everything_kept(tmp_path / "cut")
+  assert whole[0] == cut[0] == steps
+  chex.assert_trees_all_equal(whole[1], cut[1])
+  logged = [[r["step"] for r in lines(tmp_path / n) if "loss" in r] for n in ("whole", "cut")]
+  assert logged[0] == logged[1] == list(range(1, steps + 1))
+
+
+def start_child(corpus, workdir, steps):
+  command = [sys.executable, "-m", "tests.tiny_run", str(corpus), str(workdir), str(steps)]
+  return subprocess.Popen(
+    command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1]
+  )
+
+
+def train_child(corpus, workdir, steps):
+  child = start_child(corpus, workdir, steps)
+  output = child.communicate(timeout=120)[0]
+  assert child.returncode == 0 and "done" in output
+
+
+def test_a_truncated_newest_checkpoint_is_passed_over(corpus, tmp_path, caplog):
+  train(config_of(corpus), tmp_path)
+  newest = tmp_path / "checkpoints" / "12"
+  file = max((f for f in newest.rglob("*") if f.is_file()), key=lambda f: f.stat().st_size)
+  file.write_bytes(file.read_bytes()[:-10])
+  kept = everything_kept_after_training_again(corpus, tmp_path)
+  assert "cannot be read" in caplog.text and str(newest) in caplog.text
+  assert kept[0] == 12
+
+
+def everything_kept_after_training_again(corpus, workdir):
+  assert train(config_of(corpus), workdir)
+  return everything_kept(workdir)
+
+
+def test_another_model_is_refused(corpus, tmp_path):
+  train(config_of(corpus, total_steps=4), tmp_path)
+  with pytest.raises(ValueError, match=r"model\.d_model: saved 16, given 32"):
+    train(config_of(corpus, **{"model.d_model": 32}), tmp_path)
+
+
+def test_a_non_finite_step_stops_the_run_and_spoils_nothing(corpus, tmp_path):
+  train(config_of(corpus, total_steps=5), tmp_path)
+  before = everything_kept(tmp_path)
+  poison = config_of(corpus, **{"optimizer.learning_rate": float("inf"), "total_steps": 9})
+  with pytest.raises(NonFiniteError, match=r"nonfinite\.json"):
+    train(poison, tmp_path)
+  identity = json.loads((tmp_path / "nonfinite.json").read_text())
+  assert identity["step"] > 5 and np.shape(identity["inputs"]) == (2, 16)
+  after = everything_kept(tmp_path)
+  assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(after[1]))
+  assert after[0] >= before[0]
+
+
+def test_metrics_are_complete(corpus, tmp_path):
+  train(config_of(corpus), tmp_path)
+  records = lines(tmp_path)
+  trained = [r for r in records if "loss" in r]
+  assert [r["step"] for r in trained] == [2, 4, 6, 8, 10, 12]
+  fields = {
+    "step", "loss", "bits_per_byte", "learning_rate", "gradient_norm", "tokens_per_second",
+    "model_flops_per_second", "mfu",
+  }  # fmt: skip
+  assert fields <= set(trained[-1])
+  assert [r["step"] for r in records if "eval_loss" in r] == [6, 12]
+  assert trained[-1]["loss"] < trained[0]["loss"]
+  table = (tmp_path / "parameters.txt").read_text()
+  assert "stack.layers.0.mixer.query.kernel" in table
+  assert {"config.json", "versions.json", "tensorboard"} <= {f.name for f in tmp_path.iterdir()}
+
+
+def test_scanned_and_unrolled_layers_share_checkpoints_and_steps(corpus, tmp_path):
+  """A run may change its layout: files are the same, and so is the arithmetic, to rounding."""
+  for name, scan in (("unrolled", False), ("scanned", True)):
+    train(config_of(corpus, **{"model.scan_layers": scan}), tmp_path / name)
+  unrolled, scanned = (everything_kept(tmp_path / n)[1] for n in ("unrolled", "scanned"))
+  chex.assert_trees_all_close(unrolled, scanned, rtol=1e-3, atol=1e-5)
+
+
+def test_load_returns_the_trained_model(corpus, tmp_path):
+  train(config_of(corpus), tmp_path)
+  model, tokenizer = load(tmp_path)
+  _, kept = everything_kept(tmp_path)
+  _, params, _ = split_model(model)
+  np.testing.assert_array_equal(params["embedding"]["embedding"], kept["params/embedding/embedding"])
+  fresh = build(config_of(corpus).model, rngs=nnx.Rngs(0))
+  ids = tokenizer.encode("name1 = 2\n")[None]
+  assert not np.allclose(model(ids)[0], fresh(ids)[0])
+
+
+@pytest.mark.parametrize(
+  ("change", "message"),
+  [
+    ({"form": "serial"}, "form is 'serial', expected one of parallel, chunkwise, recurrent"),
+    ({"batch_size": 0}, "batch_size is 0, expected at least 1"),
+    ({"optimizer.warmup_steps": 12}, "warmup_steps is 12, expected 0 to total_steps - 1 = 11"),
+    ({"model.vocab_size": 100}, "needs vocab_size >= 257"),
+  ],
+)
+def test_bad_configurations_are_refused_before_training(corpus, tmp_path, change, message):
+  with pytest.raises(ValueError, match=message):
+    train(config_of(corpus, **change), tmp_path / "new")

@@ -1,0 +1,66 @@
+"""A run small enough for tests, on a corpus of its own; as a script, one that can be killed."""
+
+import random
+import sys
+from pathlib import Path
+
+from triform.arch.data import python_stdlib
+from triform.arch.training.config import default_config
+from triform.arch.training.loop import train
+
+
+def write_corpus(root: Path) -> None:
+  words = random.Random(0)
+  for i in range(80):
+    lines = [f"name{words.randrange(30)} = {words.randrange(100)}\n" for _ in range(20)]
+    file = root / f"module{i}.py"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("".join(lines))
+
+
+def use_corpus(root: Path) -> None:
+  python_stdlib.stdlib_root = lambda: root
+
+
+def tiny_config(folder: Path, **changes):
+  """Changes are dotted, `{"eval.max_tokens": 64}`."""
+  config = default_config(
+    architecture="retnet",
+    vocab_size=257,
+    d_model=16,
+    num_layers=2,
+    num_heads=2,
+    value_dim=32,
+    ffn_dim=16,
+    chunk_size=8,
+    dropout=0.1,
+    scan_layers=False,
+  )
+  config.update_from_flattened_dict(
+    {
+      "data.tokenizer": "bytes",
+      "data.dir": str(folder / "data"),
+      "seq_len": 16,
+      "batch_size": 2,
+      "total_steps": 12,
+      "log_every_steps": 2,
+      "optimizer.warmup_steps": 2,
+      "eval.every_steps": 6,
+      "eval.max_tokens": 64,
+      "eval.seq_len": 16,
+      "eval.batch_size": 2,
+      "checkpoint.every_steps": 4,
+      "compilation_cache": False,
+      "peak_flops": 1e12,
+      **changes,
+    }
+  )
+  return config
+
+
+if __name__ == "__main__":
+  corpus, workdir, steps = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+  use_corpus(corpus)
+  changes = {"total_steps": steps, "log_every_steps": 1, "checkpoint.every_steps": 5}
+  done = train(tiny_config(corpus.parent, **changes), workdir)
+  print("done" if done else "stopped", flush=True)

@@ -1,0 +1,27 @@
+"""Trains a model, or goes on where an earlier run in the same work directory stopped.
+
+    python train.py --config=configs/retnet_tiny.py --config.total_steps=100
+"""
+
+from pathlib import Path
+
+from absl import flags
+from ml_collections import config_flags
+from triform.arch import cli
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "the run, a file in configs/")
+WORKDIR = flags.DEFINE_string("workdir", None, "where the run is kept; default runs/<name of config>")
+flags.mark_flag_as_required("config")
+
+
+def main() -> int:
+  from triform.arch.training.loop import train
+
+  file, _, variant = cli.early_flag("config").partition(":")
+  name = "_".join(filter(None, (Path(file).stem, variant)))
+  train(CONFIG.value, WORKDIR.value or Path("runs") / name)
+  return 0
+
+
+if __name__ == "__main__":
+  cli.run(main)
