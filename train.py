@@ -19,7 +19,9 @@ def main() -> int:
 
   file, _, variant = cli.early_flag("config").partition(":")
   name = "_".join(filter(None, (Path(file).stem, variant)))
-  train(CONFIG.value, WORKDIR.value or Path("runs") / name)
+  workdir = WORKDIR.value or Path("runs") / name
+  if not train(CONFIG.value, workdir):
+    print(f"stopped; what was done is in {workdir}, and the same command goes on from there")
   return 0
 
 

@@ -42,6 +42,8 @@ def _parse(argv: list[str]) -> list[str]:
     fail(_unknown_field(argv))
   except (flags.Error, TypeError, ValueError, OSError) as error:
     fail(error)
+  if flags.FLAGS["verbosity"].using_default_value:
+    flags.FLAGS.verbosity = logging.WARNING  # libraries tell too much at absl's own default
   if rest[1:]:
     fail(f"unexpected argument {rest[1]!r}; options are written --name=value")
   return rest
@@ -63,8 +65,6 @@ def _unknown_field(argv: list[str]) -> str:
 
 
 def _guarded(main: Callable[[], int]) -> int:
-  if flags.FLAGS["verbosity"].using_default_value:
-    logging.set_verbosity(logging.WARNING)  # the libraries below tell much at absl's default
   try:
     return main()
   except (ValueError, OSError, FloatingPointError) as error:

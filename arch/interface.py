@@ -124,7 +124,7 @@ def put_rows(state: State, index: jax.Array, rows: State) -> State:
   """`state` with its rows `index` replaced by `rows`."""
 
   def put(axis, a, new):
-    return a.at[(slice(None),) * axis + (index,)].set(new)
+    return jnp.asarray(a).at[(slice(None),) * axis + (index,)].set(new)
 
   return _map_rows(put, state, rows)
 

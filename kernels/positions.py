@@ -27,4 +27,5 @@ def token_positions(
     document_start = jax.lax.cummax(jnp.where(starts_here, seen, 0), axis=1)
     in_document = (seen - document_start + 1).astype(jnp.uint32)
     count = jnp.where(document_start > 0, in_document, count)
-  return jnp.maximum(count, 1) - 1, count[:, -1]
+  before_any = (seen == 0) & (start == 0)[:, None]
+  return jnp.where(before_any, 0, count - 1), count[:, -1]

@@ -61,8 +61,8 @@ def train_until(steps, config, workdir):
   """Trains until the metrics of step `steps` are read, then raises SIGTERM in this process."""
   original = loop._Meter.read
 
-  def read(self, writer, folder, step, batch, metrics):
-    original(self, writer, folder, step, batch, metrics)
+  def read(self, writer, step, batch, metrics):
+    original(self, writer, step, batch, metrics)
     if step == steps:
       signal.raise_signal(signal.SIGTERM)
 

@@ -4,6 +4,8 @@ import random
 import sys
 from pathlib import Path
 
+import jax
+
 from triform.arch.data import python_stdlib
 from triform.arch.training.config import default_config
 from triform.arch.training.loop import train
@@ -19,7 +21,10 @@ def write_corpus(root: Path) -> None:
 
 
 def use_corpus(root: Path) -> None:
+  """Trains on `root`, and compiles what runs have in common once."""
   python_stdlib.stdlib_root = lambda: root
+  jax.config.update("jax_compilation_cache_dir", str(root.parent / "xla"))
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 def tiny_config(folder: Path, **changes):

@@ -120,11 +120,13 @@ def restore(
 ) -> tuple[int, Any]:
   """Restores a checkpoint without changing anything in `folder`; a run may be saving to it.
 
-  Arguments, result and errors are those of `Checkpoints.restore_latest`, except that with a
-  `step` only that checkpoint is tried, and that it is a ValueError if there is none.
+  Arguments, result and errors are those of `Checkpoints.restore_latest`, except that the
+  checkpoint may hold more than `abstract_tree` asks for (an optimizer's state, which then is not
+  read), that with a `step` only that checkpoint is tried, and that it is a ValueError if there
+  is none.
   """
   folder = Path(folder).absolute()
-  return _restore_newest(folder, _existing_steps(folder, step), abstract_tree)
+  return _restore_newest(folder, _existing_steps(folder, step), abstract_tree, partial=True)
 
 
 def read_abstract(folder: str | os.PathLike, step: int | None = None) -> Any:
@@ -169,10 +171,12 @@ def _existing_steps(folder: Path, step: int | None) -> list[int]:
   return steps if step is None else [step]
 
 
-def _restore_newest(folder: Path, steps: list[int], abstract_tree: Any) -> tuple[int, Any]:
+def _restore_newest(
+  folder: Path, steps: list[int], abstract_tree: Any, *, partial: bool = False
+) -> tuple[int, Any]:
   for step in sorted(steps, reverse=True):
     try:
-      return step, _read(folder / str(step) / ITEM, abstract_tree)
+      return step, _read(folder / str(step) / ITEM, abstract_tree, partial)
     except _DamagedError as error:
       logging.warning("checkpoint %s cannot be read: %s", folder / str(step), error)
       damage = error
@@ -181,16 +185,24 @@ def _restore_newest(folder: Path, steps: list[int], abstract_tree: Any) -> tuple
   ) from damage
 
 
-def _read(path: Path, abstract_tree: Any) -> Any:
+def _read(path: Path, abstract_tree: Any, partial: bool) -> Any:
   try:
     _check_sizes(path)
     saved = _shapes(_read_abstract(path))
   except Exception as error:  # orbax and tensorstore raise anything at damaged files
     raise _DamagedError(_one_line(error)) from error
-  _check_target(path, saved, _shapes(abstract_tree))
+  wanted = _shapes(abstract_tree)
+  if partial:
+    saved = {name: shape for name, shape in saved.items() if name in wanted}
+  _check_target(path, saved, wanted)
   target = jax.tree.map(_with_sharding, abstract_tree)
+  request = ocp.args.PyTreeRestore(
+    item=target,
+    restore_args=ocp.checkpoint_utils.construct_restore_args(target),
+    partial_restore=partial,
+  )
   try:
-    return _Handler().restore(path, args=ocp.args.StandardRestore(target))
+    return ocp.PyTreeCheckpointHandler().restore(path, args=request)
   except Exception as error:
     raise _DamagedError(_one_line(error)) from error
 

@@ -29,6 +29,19 @@ from .optimizer import optimizer, schedule
 from .step import TrainState, make_train_step
 
 
+_POSITIVE = (
+  "seq_len",
+  "batch_size",
+  "total_steps",
+  "log_every_steps",
+  "eval.every_steps",
+  "eval.seq_len",
+  "eval.batch_size",
+  "checkpoint.every_steps",
+  "checkpoint.keep",
+)
+
+
 class NonFiniteError(FloatingPointError):
   """The loss or the gradient of a step was not finite."""
 
@@ -70,7 +83,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> bool:
   step_fn = jax.jit(
     make_train_step(graphdef, update, form=config.form, seed=config.seed), donate_argnums=0
   )
-  meter = _Meter(config, data.tokenizer.token_bytes)
+  meter = _Meter(config, workdir, data.tokenizer.token_bytes)
 
   with (
     Checkpoints(workdir / "checkpoints", **config.checkpoint) as checkpoints,
@@ -83,9 +96,6 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> bool:
       state = from_stacked(leaves, state)
       print(f"resuming {workdir} from step {start}", flush=True)
 
-    def keep(step: int, *, force: bool = False):
-      checkpoints.save(step, to_stacked(state), force=force)
-
     def validate(step: int):
       model = nnx.merge(graphdef, state.params, state.variables)
       options = {k: v for k, v in config.eval.items() if k != "every_steps"}
@@ -93,32 +103,39 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> bool:
       names = ("loss", "perplexity", "bits_per_byte")
       writer.write(step, {f"eval_{name}": result[name] for name in names})
 
+    def read(last):
+      if last is not None:
+        meter.read(writer, *last)
+
     with MetricWriter(workdir, total_steps=config.total_steps, start_step=start) as writer:
-      last = None  # metrics of the step before, read while the device works on this one
+      last = None  # of the step before, read while the device works on this one
       step = start
       while step < config.total_steps and not stopped:
         batch = batches[step]
         state, metrics = step_fn(state, jax.device_put(batch), jax.device_put(np.int32(step)))
         step += 1
-        if last is not None:
-          meter.read(writer, *last)
-        last = (workdir, step, batch, metrics)
-        if step % config.eval.every_steps == 0 or step == config.total_steps:
-          with meter.paused():
+        read(last)
+        last = (step, batch, metrics)
+        evaluates = step % config.eval.every_steps == 0 or step == config.total_steps
+        keeps = step % config.checkpoint.every_steps == 0
+        if evaluates or keeps:
+          read(last)
+          last = None
+        with meter.paused():
+          if evaluates:
             validate(step)
-        if step % config.checkpoint.every_steps == 0:
-          keep(step)
-      if last is not None:
-        meter.read(writer, *last)
-      keep(step, force=True)
+          if keeps:
+            checkpoints.save(step, to_stacked(state))
+      read(last)
+      checkpoints.save(step, to_stacked(state), force=True)
   return step == config.total_steps
 
 
 class _Meter:
   """Reads metrics of finished steps, checks them, and turns them into rates."""
 
-  def __init__(self, config: ConfigDict, token_bytes: np.ndarray):
-    self._config, self._token_bytes = config, token_bytes
+  def __init__(self, config: ConfigDict, workdir: Path, token_bytes: np.ndarray):
+    self._config, self._workdir, self._token_bytes = config, workdir, token_bytes
     self._schedule = schedule(config.optimizer, config.total_steps)
     self._flops_per_token = flops.train_flops_per_token(
       config.model, config.seq_len, config.form
@@ -126,10 +143,10 @@ class _Meter:
     self._peak = config.peak_flops or flops.peak_flops(jax.devices()[0])
     self._tokens, self._since = 0, None
 
-  def read(self, writer: MetricWriter, workdir: Path, step: int, batch: dict, metrics: dict):
+  def read(self, writer: MetricWriter, step: int, batch: dict, metrics: dict):
     metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
     if not np.isfinite([metrics["loss"], metrics["gradient_norm"]]).all():
-      self._stop(workdir, step, batch, metrics)
+      self._stop(step, batch, metrics)
     writer.advance(step)
     now = time.perf_counter()
     if self._since is None:  # the first step compiles
@@ -164,14 +181,14 @@ class _Meter:
     if self._since is not None:
       self._since += time.perf_counter() - start
 
-  def _stop(self, workdir: Path, step: int, batch: dict, metrics: dict):
+  def _stop(self, step: int, batch: dict, metrics: dict):
     identity = {
       "step": step,
       "seed": self._config.seed,
       **{name: str(value) for name, value in metrics.items()},
       "inputs": batch["inputs"].tolist(),
     }
-    path = workdir / "nonfinite.json"
+    path = self._workdir / "nonfinite.json"
     workdirs.write_atomically(path, json.dumps(identity) + "\n")
     raise NonFiniteError(
       f"step {step}: loss {metrics['loss']}, gradient norm {metrics['gradient_norm']}; "
@@ -180,13 +197,13 @@ class _Meter:
 
 
 def _check(config: ConfigDict) -> None:
-  for name in ("seq_len", "batch_size", "total_steps", "log_every_steps"):
-    if config[name] < 1:
-      raise ValueError(f"{name} is {config[name]}, expected at least 1")
+  fields = workdirs.flatten(config)
+  for name in _POSITIVE:
+    if fields[name] < 1:
+      raise ValueError(f"{name} is {fields[name]}, expected at least 1")
   for name in ("form", "eval.form"):
-    form = config.eval.form if "." in name else config.form
-    if form not in FORMS:
-      raise ValueError(f"{name} is {form!r}, expected one of {', '.join(FORMS)}")
+    if fields[name] not in FORMS:
+      raise ValueError(f"{name} is {fields[name]!r}, expected one of {', '.join(FORMS)}")
 
 
 def enable_compilation_cache() -> None:

@@ -59,15 +59,15 @@ class MetricWriter:
 
   def write(self, step: int, metrics: dict[str, float]) -> None:
     """Records `metrics` of `step` everywhere. Values are Python, NumPy or JAX scalars."""
-    metrics = {name: float(value) for name, value in metrics.items()}
+    self.advance(step)
+    metrics = {name: float(value) for name, value in metrics.items()} | self._eta(step)
     line = {k: v if math.isfinite(v) else None for k, v in metrics.items()}  # JSON has no NaN
     self._file.write(json.dumps({"step": step, **line}) + "\n")
     self._file.flush()
     for name, value in metrics.items():
       self._tensorboard.add_scalar(name, value, step)
-    self.advance(step)
     if self._bar is None:
-      print(format_line(step, self._total_steps, metrics | self._eta(step)), flush=True)
+      print(format_line(step, self._total_steps, metrics), flush=True)
     elif any(name.startswith("eval_") for name in metrics):
       self._bar.write(format_line(step, self._total_steps, metrics), file=sys.stdout)
     else:

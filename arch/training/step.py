@@ -48,7 +48,7 @@ def make_train_step(
     (loss, (total, variables)), gradients = jax.value_and_grad(loss_fn, has_aux=True)(
       state.params, state.variables, batch, key
     )
-    gradient_norm = optax.global_norm(gradients)
+    gradient_norm = optax.tree.norm(gradients)
     updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
     new = TrainState(optax.apply_updates(state.params, updates), variables, optimizer_state)
     finite = jnp.isfinite(loss) & jnp.isfinite(gradient_norm)

@@ -98,10 +98,11 @@ def _attend(q, k, v, weights):
   scores = jnp.einsum(
     "bgrnik,bgnjk->bgrnij", q, k[:, :, 0], preferred_element_type=weights.dtype
   )
+  # In the other order of operands, XLA for CPU compiles bfloat16 to a product it cannot run.
   return jnp.einsum(
-    "bgrnij,bgnjv->bgrniv",
-    (scores * weights).astype(v.dtype),
+    "bgnjv,bgrnij->bgrniv",
     v[:, :, 0],
+    (scores * weights).astype(v.dtype),
     preferred_element_type=weights.dtype,
   )
 

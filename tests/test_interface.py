@@ -1,0 +1,187 @@
+"""The interface's own functions, and what holds of modules beside the laws."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import chex
+import jax
+import jax.numpy as jnp
+import laws
+import laws_subjects
+import numpy as np
+import pytest
+from flax import nnx
+from laws import BATCH, EXACT, LENGTH, SUBJECTS, bench, error
+from toy import ToyBlock
+
+from triform import kernels
+from triform.arch import Retention, Stack, put_rows, state_bytes, take_rows
+from triform.arch.interface import FORMS, Scanned, check_call, state_dtype
+
+D = laws_subjects.D
+every_form = pytest.mark.parametrize("form", FORMS)
+
+
+def test_check_call():
+  x = np.zeros((2, 3, 4))
+  check_call(x, "parallel", None, np.ones((2, 3), bool))
+  for arguments, message in (
+    ((x, "chunk", None, None), "expected one of"),
+    ((x[:, :0], "parallel", None, None), "time > 0"),
+    ((x[0, 0], "parallel", None, None), "batch, time"),
+    ((x, "parallel", np.ones((2, 3)), None), "reset is float64"),
+    ((x, "parallel", None, np.ones((2, 4), bool)), "mask is bool"),
+  ):
+    with pytest.raises(ValueError, match=message):
+      check_call(*arguments)
+
+
+def test_state_dtype():
+  for dtype, expected in (("bfloat16", "float32"), ("float32", "float32"), ("float64", "float64")):
+    with jax.enable_x64():
+      assert state_dtype(dtype) == expected
+
+
+def test_rows_of_every_layout():
+  """The batch comes first, but for the layer axis of a scanned stack."""
+  rows = jnp.arange(3.0)
+  state = (Scanned({"a": jnp.stack([rows, rows + 10])}), rows, {"b": rows[:, None]})
+  taken = take_rows(state, jnp.array([2, 0]))
+  chex.assert_trees_all_equal(taken[0].layers["a"], jnp.array([[2.0, 0.0], [12.0, 10.0]]))
+  chex.assert_trees_all_equal(taken[1], jnp.array([2.0, 0.0]))
+  chex.assert_trees_all_close(put_rows(state, jnp.array([2, 0]), taken), state)
+  changed = put_rows(state, jnp.array([1]), take_rows(state, jnp.array([2])))
+  chex.assert_trees_all_equal(changed[0].layers["a"][:, 1], jnp.array([2.0, 12.0]))
+  assert state_bytes(state) == 4 * 12
+
+
+def test_rank_promotion_raises():
+  with pytest.raises(ValueError, match="rank"):
+    jnp.ones(3) + jnp.ones((2, 3))
+
+
+@every_form
+def test_one_trace_per_form_and_shape(form):
+  """New data, resets, masks and states are no reason to compile again."""
+  chex.clear_trace_counter()
+  module = bench("retention-gated", "float32").module()
+
+  @jax.jit
+  @chex.assert_max_traces(n=1)
+  def call(x, state, reset, mask):
+    return module(x, state, form=form, reset=reset, mask=mask)
+
+  state = module.init_state(BATCH)
+  for seed in range(3):
+    rng = np.random.default_rng(seed)
+    x = np.float32(rng.normal(size=(BATCH, LENGTH, D)))
+    _, state = call(x, state, *(rng.random((2, BATCH, LENGTH)) < 0.5))
+
+
+@every_form
+@pytest.mark.parametrize("name", ["retention-fixed", "retention-gated", "retnet-fla"])
+def test_takes_numpy_eagerly(name, form):
+  """In float64 too, equal to the compiled call."""
+  x = SUBJECTS[name].inputs(np.random.default_rng(0), BATCH, 4)
+  for dtype in ("float32", "float64"):
+    one = bench(name, dtype)
+    reset, mask = np.eye(BATCH, 4, dtype=bool), np.ones((BATCH, 4), bool)
+    with one.context():
+      state = jax.tree.map(np.asarray, one.init_state())
+      eager = one.module()(one._inputs(x), state, form=form, reset=reset, mask=mask)
+    compiled = one.call(x, state, form=form, reset=reset, mask=mask)
+    chex.assert_trees_all_equal_shapes_and_dtypes(eager, compiled)
+    assert error(eager, compiled) <= (EXACT if dtype == "float64" else 1e-5)
+
+
+def test_bfloat16_parameters_keep_a_wide_state():
+  options = {"num_heads": 2, "param_dtype": jnp.bfloat16, "rngs": nnx.Rngs(0)}
+  for decay in ("fixed", "learned", "gated"):
+    module = Retention(D, decay=decay, **options)
+    y, state = jax.eval_shape(module, jax.ShapeDtypeStruct((1, 3, D), jnp.bfloat16))
+    assert y.dtype == jnp.bfloat16 and state.kv.dtype == jnp.float32
+    decays = nnx.state(module, lambda path, _: path[-1] in ("log_decay", "log_rate"))
+    assert all(a.dtype == jnp.float32 for a in jax.tree.leaves(decays))
+
+
+@every_form
+@pytest.mark.parametrize("decay", ["fixed", "learned", "gated"])
+def test_decay_reaches_the_kernel_as_it_is(form, decay, monkeypatch):
+  """A decay per head is not widened to one per token."""
+  seen, original = [], kernels.retention
+
+  def spy(q, k, v, log_decay, **options):
+    seen.append(log_decay.ndim)
+    return original(q, k, v, log_decay, **options)
+
+  monkeypatch.setattr(kernels, "retention", spy)
+  module = Retention(D, num_heads=2, decay=decay, rngs=nnx.Rngs(0))
+  jax.eval_shape(lambda x: module(x, form=form), jax.ShapeDtypeStruct((1, 3, D), jnp.float32))
+  assert seen == [3 if decay == "gated" else 1]
+
+
+def test_rejects_impossible_sizes():
+  for options in (
+    {"num_heads": 3},
+    {"num_heads": 4, "num_kv_heads": 3},
+    {"num_heads": D},
+    {"num_heads": 2, "decay": "none"},
+    {"num_heads": 2, "dialect": "hf"},
+    {"num_heads": 2, "decay_schedule": "flat"},
+  ):
+    with pytest.raises(ValueError):
+      Retention(D, **options, rngs=nnx.Rngs(0))
+
+
+def test_scanned_equals_unrolled_in_training():
+  """Outputs, states, dropout and every layer's running statistics."""
+
+  def make(scan):
+    options = {"dtype": jnp.float32, "param_dtype": jnp.float32}
+    return Stack(lambda r: ToyBlock(D, **options, rngs=r), 3, scan=scan, rngs=nnx.Rngs(0))
+
+  rng = np.random.default_rng(0)
+  x, mask = np.float32(rng.normal(size=(BATCH, LENGTH, D))), rng.random((BATCH, LENGTH)) < 0.7
+  scanned, unrolled = make(True), make(False)
+  for form, seed in (("parallel", 1), ("chunkwise", 2)):
+    y, state = scanned(x, form=form, mask=mask, rngs=nnx.Rngs(seed))
+    y_unrolled, states = unrolled(x, form=form, mask=mask, rngs=nnx.Rngs(seed))
+    chex.assert_trees_all_close(y[mask], y_unrolled[mask], rtol=1e-5, atol=1e-5)
+    for i, (layer, one) in enumerate(zip(unrolled.layers, states, strict=True)):
+      take = lambda a: a[i]  # noqa: B023
+      chex.assert_trees_all_close(jax.tree.map(take, state.layers), one, rtol=1e-5, atol=1e-5)
+      for statistic in ("mean", "var"):
+        carried = getattr(scanned.layers.norm, statistic)[...][i]
+        expected = getattr(layer.norm, statistic)[...]
+        chex.assert_trees_all_close(carried, expected, rtol=1e-5, atol=1e-6)
+        assert np.all(carried != (statistic == "var"))  # it moved from where it began
+
+
+def test_dropout_falls_on_different_tokens_in_each_layer():
+  def make(scan):
+    options = {"dtype": jnp.float32, "param_dtype": jnp.float32}
+    return Stack(lambda r: ToyBlock(D, **options, rngs=r), 2, scan=scan, rngs=nnx.Rngs(0))
+
+  x = np.float32(np.random.default_rng(0).normal(size=(1, LENGTH, D)))
+  for scan in (True, False):
+    one, other, again = (make(scan)(x, rngs=nnx.Rngs(s))[0] for s in (1, 2, 1))
+    assert np.any(one != other)
+    chex.assert_trees_all_equal(one, again)
+
+
+def test_laws_hold_in_the_tree_mode_of_flax():
+  """The suite's own process runs in graph mode."""
+  tests = Path(__file__).parent
+  chosen = "(block or toy-scanned) and (float32 or training) and (law_1 or invisible or law_6)"
+  run = subprocess.run(
+    [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    + [str(tests / "test_laws.py"), "-k", chosen],
+    cwd=tests.parent,
+    env=os.environ | {"NNX_GRAPH_MODE": "false"},
+    capture_output=True,
+    text=True,
+    timeout=600,
+  )
+  assert run.returncode == 0, run.stdout[-3000:]
