@@ -1,7 +1,7 @@
 """Evaluates a run, or generates from it.
 
-    python eval.py --workdir=runs/tiny --form=recurrent --json=result.json
-    python eval.py --workdir=runs/tiny --task=generate --prompt="def main("
+python eval.py --workdir=runs/tiny --form=recurrent --json=result.json
+python eval.py --workdir=runs/tiny --task=generate --prompt="def main("
 """
 
 import json
@@ -10,6 +10,7 @@ from pathlib import Path
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
+
 from triform.arch import FORMS, cli, load, stream
 from triform.arch.training.workdir import load_config
 
@@ -23,7 +24,7 @@ JSON = flags.DEFINE_string("json", None, "loss: write the result to this file as
 
 PROMPT = flags.DEFINE_string("prompt", None, "generate: the text to continue")
 PROMPT_FILE = flags.DEFINE_string("prompt_file", None, "generate: a file with it, - for stdin")
-MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 256, "generate: where to stop at the latest")
+MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 256, "generate: the most to make")
 TEMPERATURE = flags.DEFINE_float("temperature", 0.8, "generate: 0 takes the likeliest token")
 TOP_K = flags.DEFINE_integer("top_k", None, "generate: sample among so many likeliest tokens")
 TOP_P = flags.DEFINE_float("top_p", None, "generate: sample among the likeliest of this mass")
@@ -41,8 +42,6 @@ def _workdir_config() -> ConfigDict:
 
 
 CONFIG = config_flags.DEFINE_config_dict("config", _workdir_config())
-
-
 
 
 def main() -> int:
@@ -78,9 +77,9 @@ def generate() -> int:
   if PROMPT_FILE.value is not None:
     if PROMPT.value is not None:
       raise ValueError("give --prompt or --prompt_file, not both")
-    file = sys.stdin.buffer if PROMPT_FILE.value == "-" else open(PROMPT_FILE.value, "rb")
-    with file:
-      prompt = file.read().decode("utf-8")
+    from_stdin = PROMPT_FILE.value == "-"
+    raw = sys.stdin.buffer.read() if from_stdin else Path(PROMPT_FILE.value).read_bytes()
+    prompt = raw.decode("utf-8")
   model, tokenizer = load(WORKDIR.value, step=STEP.value, config=CONFIG.value)
   decoder = StreamDecoder(tokenizer)
   sys.stdout.write(prompt)

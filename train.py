@@ -1,16 +1,17 @@
 """Trains a model, or goes on where an earlier run in the same work directory stopped.
 
-    python train.py --config=configs/retnet_tiny.py --config.total_steps=100
+python train.py --config=configs/retnet_tiny.py --config.total_steps=100
 """
 
 from pathlib import Path
 
 from absl import flags
 from ml_collections import config_flags
+
 from triform.arch import cli
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "the run, a file in configs/")
-WORKDIR = flags.DEFINE_string("workdir", None, "where the run is kept; default runs/<name of config>")
+WORKDIR = flags.DEFINE_string("workdir", None, "where the run is kept; default runs/<config>")
 flags.mark_flag_as_required("config")
 
 

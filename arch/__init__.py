@@ -1,6 +1,6 @@
 """Efficient sequence architectures behind one module interface.
 
-    from triform.arch import build, load, generate
+from triform.arch import build, load, generate
 """
 
 if __name__ != "triform.arch":

@@ -67,7 +67,5 @@ def bits_per_byte(total_nats: float, text_bytes: int) -> float:
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=4)
 def _piece(graphdef, form, params, variables, state, batch):
   model = nnx.merge(graphdef, params, variables)
-  logits, state = model(
-    batch["inputs"], state, form=form, reset=batch["reset"], mask=batch["mask"]
-  )
+  logits, state = model(batch["inputs"], state, form=form, reset=batch["reset"], mask=batch["mask"])
   return token_losses(logits, batch), state

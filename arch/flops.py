@@ -32,12 +32,17 @@ def retnet(config: Mapping[str, Any], length: int, form: Form) -> dict[str, floa
   `projections` are the products with weights, `mixing` retention itself, `logits` the head.
   """
   d, heads = config["d_model"], config["num_heads"]
-  key_size, value_size = d // heads, config["value_dim"] // heads
+  key_dim, value_dim = config.get("key_dim") or d, config["value_dim"]
+  key_size, value_size = key_dim // heads, value_dim // heads
   kv_heads = config.get("num_kv_heads") or heads
   retained = kv_heads * (key_size + value_size)
   gate = heads if config.get("decay") == "gated" else 0
-  projections = d * (d + retained + 2 * config["value_dim"] + gate) + 3 * d * config["ffn_dim"]
-  run = {"parallel": length, "chunkwise": min(length, config.get("chunk_size", 128)), "recurrent": 0}
+  projections = d * (key_dim + retained + 2 * value_dim + gate) + 3 * d * config["ffn_dim"]
+  run = {
+    "parallel": length,
+    "chunkwise": min(length, config.get("chunk_size", 128)),
+    "recurrent": 0,
+  }
   pairs = (run[form] + 1) / 2 if run[form] else 0
   through_state = 0 if form == "parallel" else 2 * key_size * value_size
   mixing = heads * (pairs * (key_size + value_size) + through_state)

@@ -41,8 +41,7 @@ def stream(
     ValueError: for an empty prompt, or a setting out of range.
   """
   ids = np.atleast_2d(np.asarray(ids, np.int32))
-  b, t = ids.shape
-  if t == 0:
+  if ids.shape[1] == 0:
     raise ValueError("the prompt is empty, expected at least one token (such as bos_id)")
   for name, value, fits in (
     ("temperature", temperature, temperature >= 0),

@@ -42,7 +42,9 @@ def from_stacked(leaves: dict[str, jax.Array], like: Any) -> Any:
     stacked_name, layer = _stacked_name(name)
     return leaves[stacked_name] if layer is None else leaves[stacked_name][layer]
 
-  return jax.tree.unflatten(jax.tree.structure(like), [find(name) for name, _ in _named_leaves(like)])
+  return jax.tree.unflatten(
+    jax.tree.structure(like), [find(name) for name, _ in _named_leaves(like)]
+  )
 
 
 def _named_leaves(tree):

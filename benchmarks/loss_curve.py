@@ -10,6 +10,7 @@ from pathlib import Path
 
 import matplotlib
 from absl import app, flags
+
 from triform.arch.data.python_stdlib import held_out_text
 
 matplotlib.use("Agg")

@@ -52,7 +52,7 @@ def main():
       while tokens <= longest:
         size = temporary_bytes(form, tokens, backward=backward)
         name = "backward" if backward else "forward"
-        print(f"{form:10} {name:9} {tokens:7} {size / 2**20:9.1f} {size / tokens:12.0f}", flush=True)
+        print(f"{form:10} {name:9} {tokens:7} {size / 2**20:9.1f} {size / tokens:12.0f}")
         rows.append(
           {"form": form, "pass": name, "tokens": tokens, "temp_bytes": size} | shape | where
         )

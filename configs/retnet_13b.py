@@ -1,6 +1,6 @@
 """RetNet, the published code's 13B size: 12,943,774,720 parameters.
 
-    python train.py --config=configs/retnet_13b.py --workdir=runs/retnet_13b
+python train.py --config=configs/retnet_13b.py --workdir=runs/retnet_13b
 """
 
 from triform.arch.training.config import default_config

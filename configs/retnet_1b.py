@@ -1,6 +1,6 @@
-"""RetNet, the 1.3B of the paper (Table 2), with the published code's widths: 1,351,714,816 parameters.
+"""RetNet, the 1.3B of the paper with the published code's widths: 1,351,714,816 parameters.
 
-    python train.py --config=configs/retnet_1b.py --workdir=runs/retnet_1b
+python train.py --config=configs/retnet_1b.py --workdir=runs/retnet_1b
 """
 
 from triform.arch.training.config import default_config

@@ -1,6 +1,6 @@
-"""RetNet, the 2.7B of the paper (Table 2), with the published code's widths: 2,687,142,400 parameters.
+"""RetNet, the 2.7B of the paper with the published code's widths: 2,687,142,400 parameters.
 
-    python train.py --config=configs/retnet_3b.py --workdir=runs/retnet_3b
+python train.py --config=configs/retnet_3b.py --workdir=runs/retnet_3b
 """
 
 from triform.arch.training.config import default_config

@@ -1,6 +1,6 @@
-"""RetNet, the 6.7B of the paper (Table 2), with the published code's widths: 6,771,970,048 parameters.
+"""RetNet, the 6.7B of the paper with the published code's widths: 6,771,970,048 parameters.
 
-    python train.py --config=configs/retnet_7b.py --workdir=runs/retnet_7b
+python train.py --config=configs/retnet_7b.py --workdir=runs/retnet_7b
 """
 
 from triform.arch.training.config import default_config

@@ -1,6 +1,6 @@
 """RetNet, the published code's base size: 51,845,632 parameters.
 
-    python train.py --config=configs/retnet_base.py --workdir=runs/retnet_base
+python train.py --config=configs/retnet_base.py --workdir=runs/retnet_base
 """
 
 from triform.arch.training.config import default_config

@@ -1,6 +1,6 @@
 """RetNet, the published code's medium size: 268,993,536 parameters.
 
-    python train.py --config=configs/retnet_medium.py --workdir=runs/retnet_medium
+python train.py --config=configs/retnet_medium.py --workdir=runs/retnet_medium
 """
 
 from triform.arch.training.config import default_config

@@ -1,6 +1,6 @@
 """RetNet for an hour on two CPU cores: 7,605,504 parameters.
 
-    python train.py --config=configs/retnet_small.py --workdir=runs/retnet_small
+python train.py --config=configs/retnet_small.py --workdir=runs/retnet_small
 """
 
 from triform.arch.training.config import default_config

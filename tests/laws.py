@@ -129,8 +129,7 @@ class Bench:
   def cast_state(self, state: Any) -> Any:
     """A float64 state in the dtypes this one's have."""
     specs = self.init_state(jax.tree.leaves(state)[0].shape[0])
-    leaves = [np.asarray(a, s.dtype) for a, s in zip(*map(jax.tree.leaves, (state, specs)), strict=True)]
-    return jax.tree.unflatten(jax.tree.structure(specs), leaves)
+    return jax.tree.map(lambda spec, a: np.asarray(a, spec.dtype), specs, state)
 
   def call(self, x, state, *, form, reset=None, mask=None):
     """Outputs and state, for any length; absent arguments stay absent."""
@@ -167,7 +166,8 @@ class Bench:
 
   def _trial(self, params, rest, x, state, reset, mask, weights, state_weight, key, *, form):
     def loss(params, x, state):
-      module = nnx.merge(self.graphdef, params, rest)
+      # A copy: variables made outside the gradient's trace could not be written in it.
+      module = nnx.merge(self.graphdef, params, jax.tree.map(lambda a: a, rest))
       rngs = None if key is None else nnx.Rngs(key)
       y, after = module(x, state, form=form, reset=reset, mask=mask, rngs=rngs)
       wide = state_dtype(self.dtype)
@@ -191,7 +191,7 @@ def _abstract(subject, dtype):
   graphdefs = []
 
   def make():
-    module = subject.make(dtype=dtype, param_dtype=jnp.promote_types(dtype, jnp.float32), rngs=nnx.Rngs(0))
+    module = subject.make(dtype=dtype, param_dtype=state_dtype(dtype), rngs=nnx.Rngs(0))
     graphdef, *variables = nnx.split(module, nnx.Param, ...)
     graphdefs.append(graphdef)
     return tuple(variables)
@@ -216,7 +216,8 @@ def _values(subject):
 
 def _pattern(like):
   """Coefficients of a loss, exact in every dtype."""
-  return jnp.asarray((np.arange(like.size) * 37 % 17 - 8).reshape(like.shape) / 8, state_dtype(like.dtype))
+  values = (np.arange(like.size) * 37 % 17 - 8) / 8
+  return jnp.asarray(values.reshape(like.shape), state_dtype(like.dtype))
 
 
 # Examples
@@ -357,11 +358,14 @@ def absent_means_default(name: str, case: Case, form: str) -> None:
 def intermediates(f: Callable, *args: Any) -> list[jax.core.ShapedArray]:
   """Every value that a traced function computes, loop bodies included."""
 
+  def is_jaxpr(parameter):
+    return hasattr(parameter, "eqns")
+
   def walk(jaxpr):
     for equation in jaxpr.eqns:
       yield from (v.aval for v in equation.outvars)
-      for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda p: hasattr(p, "eqns")):
-        if hasattr(inner, "eqns"):
+      for inner in jax.tree.leaves(equation.params, is_leaf=is_jaxpr):
+        if is_jaxpr(inner):
           yield from walk(inner)
 
   return list(walk(jax.make_jaxpr(f)(*args).jaxpr))
@@ -494,7 +498,11 @@ def packing_is_separation(name: str, case: Case, row_lengths, form: str, alone_f
     for start, length in zip(np.cumsum((0, *lengths)), lengths, strict=False):
       piece = np.s_[:, start : start + length]
       y, state = wide.call(
-        case.x[piece], wide.init_state(), form=alone_form, reset=nothing[piece], mask=~nothing[piece]
+        case.x[piece],
+        wide.init_state(),
+        form=alone_form,
+        reset=nothing[piece],
+        mask=~nothing[piece],
       )
       assert error(np.asarray(packed.y)[row, piece[1]], np.asarray(y)[row]) <= EXACT
     last, expected = (take_rows(s, np.array([row])) for s in (packed.state, state))
@@ -541,26 +549,16 @@ def outputs_are_causal(name: str, dtype: str, case: Case, form: str, row: int, t
   reaching[row, begin : token + 1] = mask[row, begin : token + 1]
   assert not outcome.inputs[~reaching].any()
   assert outcome.inputs[row, token].any()
-  for leaf in take_leaves(outcome.incoming, case.state):
-    others = np.delete(leaf, row, axis=0)
-    assert not others.any()
-    assert not (len(starts) and leaf.any()), "an earlier document's state"
+  for other in range(BATCH):
+    if other != row or len(starts):
+      assert not any(a.any() for a in _row_of(outcome.incoming, case.state, other))
 
 
-def take_leaves(leaves: list, state: Any) -> list[np.ndarray]:
-  """Float leaves of a state, the batch first in each."""
-  full = jax.tree.unflatten(
-    jax.tree.structure(state),
-    _refill(leaves, jax.tree.leaves(state)),
-  )
-  rows = [take_rows(full, np.array([r])) for r in range(BATCH)]
-  return [np.stack([_widen(a).ravel() for a in row]) for row in zip(*map(floats, rows), strict=True)]
-
-
-def _refill(leaves, like):
+def _row_of(leaves: list, state: Any, row: int) -> list:
+  """A row of the float leaves of a state."""
   remaining = iter(leaves)
-  floating = [jnp.issubdtype(a.dtype, jnp.floating) for a in like]
-  return [jnp.asarray(next(remaining)) if f else a for f, a in zip(floating, like, strict=True)]
+  full = jax.tree.map(lambda a: next(remaining) if len(floats(a)) else a, state)
+  return floats(take_rows(full, np.array([row])))
 
 
 # Law 6
@@ -606,7 +604,8 @@ def at_position(state: Any, position: int) -> Any:
   """`state` with its counters of tokens, the unsigned integers, at `position`."""
 
   def move(a):
-    return np.full(a.shape, position, a.dtype) if jnp.issubdtype(a.dtype, jnp.unsignedinteger) else a
+    counts = jnp.issubdtype(a.dtype, jnp.unsignedinteger)
+    return np.full(a.shape, position, a.dtype) if counts else a
 
   return jax.tree.map(move, state)
 
@@ -619,7 +618,8 @@ def positions_do_not_drift(name: str, dtype: str, case: Case, form: str, positio
     moved = case._replace(state=at_position(case.state, position))
     got, truth = narrow.trial(moved, form), wide.trial(moved, SIMPLEST)
     assert_same_counters(got.state, truth.state)
-    return [error(*pair) for pair in zip(*(kinds(o, case.mask).values() for o in (got, truth)), strict=True)]
+    got, truth = (kinds(o, case.mask) for o in (got, truth))
+    return [error(got[kind], truth[kind]) for kind in truth]
 
   for far, near in zip(errors(position), errors(100), strict=True):
     allowed = EXACT if dtype == "float64" else 2 * near + 4 * float(jnp.finfo(dtype).eps)

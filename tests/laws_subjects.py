@@ -20,11 +20,8 @@ def retention_oracle(variables, x, state, reset, mask, *, dialect, eps=1e-6):
   log_decay = variables["log_decay"]
   h, steps = len(log_decay), [int(s) for s in variables["rotary_steps"]]
   x, (b, t, _) = x.astype(np.float64), x.shape
-  q, k, v = ((x @ kernel[name]).reshape(b, t, -1, _size) for name, _size in (
-    ("query", 2 * len(steps)),
-    ("key", 2 * len(steps)),
-    ("value", kernel["output"].shape[0] // h),
-  ))
+  widths = {"query": 2 * len(steps), "key": 2 * len(steps), "value": len(kernel["output"]) // h}
+  q, k, v = ((x @ kernel[name]).reshape(b, t, -1, width) for name, width in widths.items())
   positions, after = np.zeros((b, t), object), []
   for row, seen in enumerate(state.position):
     seen = int(seen)
@@ -36,9 +33,10 @@ def retention_oracle(variables, x, state, reset, mask, *, dialect, eps=1e-6):
     after.append(seen % 2**32)
 
   def rotate(a):
-    turns = np.array([[[p * s % 2**32 / 2**32 for s in steps] for p in row] for row in positions])
-    complex_ = (a[..., : len(steps)] + 1j * a[..., len(steps) :]) * np.exp(2j * np.pi * turns)[:, :, None]
-    return np.concatenate([complex_.real, complex_.imag], axis=-1)
+    turns = [[[p * s % 2**32 / 2**32 for s in steps] for p in row] for row in positions]
+    first, second = np.split(a, 2, axis=-1)
+    turned = (first + 1j * second) * np.exp(2j * np.pi * np.array(turns))[:, :, None]
+    return np.concatenate([turned.real, turned.imag], axis=-1)
 
   o, kv = reference.retention(
     rotate(q),
@@ -80,7 +78,8 @@ def block(dtype, param_dtype, rngs, dropout=0.0):
 
 def stack(scan, one=block):
   def make(dtype, param_dtype, rngs):
-    return Stack(lambda r: one(dtype=dtype, param_dtype=param_dtype, rngs=r), 2, scan=scan, rngs=rngs)
+    dtypes = {"dtype": dtype, "param_dtype": param_dtype}
+    return Stack(lambda r: one(**dtypes, rngs=r), 2, scan=scan, rngs=rngs)
 
   return make
 
@@ -99,7 +98,7 @@ register("retention-fixed", retention(), vectors(D), oracle=oracle("torchscale")
 register("retention-learned", retention(decay="learned"), vectors(D))
 register("retention-gated", retention(decay="gated"), vectors(D))
 register("retention-fla", retention(dialect="fla"), vectors(D), oracle=oracle("fla"))
-register("retention-grouped", retention(num_heads=4, num_kv_heads=2), vectors(D), oracle=oracle("torchscale"))
+register("retention-grouped", retention(num_heads=4, num_kv_heads=2), vectors(D))
 register("block", functools.partial(block, dropout=0.3), vectors(D), trains=True)
 register("stack-scanned", stack(True), vectors(D))
 register("stack-unrolled", stack(False), vectors(D))

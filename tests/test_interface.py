@@ -8,7 +8,6 @@ from pathlib import Path
 import chex
 import jax
 import jax.numpy as jnp
-import laws
 import laws_subjects
 import numpy as np
 import pytest
@@ -150,8 +149,8 @@ def test_scanned_equals_unrolled_in_training():
     y_unrolled, states = unrolled(x, form=form, mask=mask, rngs=nnx.Rngs(seed))
     chex.assert_trees_all_close(y[mask], y_unrolled[mask], rtol=1e-5, atol=1e-5)
     for i, (layer, one) in enumerate(zip(unrolled.layers, states, strict=True)):
-      take = lambda a: a[i]  # noqa: B023
-      chex.assert_trees_all_close(jax.tree.map(take, state.layers), one, rtol=1e-5, atol=1e-5)
+      of_scan = jax.tree.map(lambda a: a[i], state.layers)  # noqa: B023
+      chex.assert_trees_all_close(of_scan, one, rtol=1e-5, atol=1e-5)
       for statistic in ("mean", "var"):
         carried = getattr(scanned.layers.norm, statistic)[...][i]
         expected = getattr(layer.norm, statistic)[...]
@@ -176,8 +175,7 @@ def test_laws_hold_in_the_tree_mode_of_flax():
   tests = Path(__file__).parent
   chosen = "(block or toy-scanned) and (float32 or training) and (law_1 or invisible or law_6)"
   run = subprocess.run(
-    [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
-    + [str(tests / "test_laws.py"), "-k", chosen],
+    [sys.executable, "-m", "pytest", "-q", "-x", str(tests / "test_laws.py"), "-k", chosen],
     cwd=tests.parent,
     env=os.environ | {"NNX_GRAPH_MODE": "false"},
     capture_output=True,

@@ -4,7 +4,6 @@ import hypothesis.strategies as st
 import jax
 import laws
 import laws_subjects  # noqa: F401  registers
-import numpy as np
 import pytest
 from hypothesis import given
 from laws import BATCH, DTYPES, LENGTH, PIECES, SUBJECTS, cases, forms, splits

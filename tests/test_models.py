@@ -16,7 +16,7 @@ def make(**changes):
 
 
 def test_an_unknown_option_names_the_closest():
-  with pytest.raises(ValueError, match=r"'num_head' is unknown to retnet; did you mean 'num_heads'"):
+  with pytest.raises(ValueError, match="'num_head' is unknown to retnet; did you mean 'num_heads'"):
     make(num_head=3)
 
 
@@ -57,7 +57,9 @@ def test_ten_layers_keep_their_order():
   params = split_model(make(num_layers=12, scan_layers=False))[1]
   stacked = to_stacked(params)
   kernel = stacked["stack/layers/mixer/query/kernel"]
-  np.testing.assert_array_equal(kernel[10], params["stack"]["layers"][10]["mixer"]["query"]["kernel"])
+  np.testing.assert_array_equal(
+    kernel[10], params["stack"]["layers"][10]["mixer"]["query"]["kernel"]
+  )
 
 
 def test_paper_decays_have_the_stated_half_lives():

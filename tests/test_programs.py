@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from tests.tiny_run import tiny_config, use_corpus, write_corpus
 
+from tests.tiny_run import tiny_config, use_corpus, write_corpus
 from triform.arch import load
 from triform.arch.data import python_stdlib
 from triform.arch.data.text import documents_from_path
@@ -86,7 +86,7 @@ def test_generate_continues_standard_input(folder):
 @pytest.mark.parametrize(
   ("arguments", "message"),
   [
-    (["--config.batch_sise=3"], "there is no --config.batch_sise; the closest is --config.batch_size"),
+    (["--config.batch_sise=3"], "no --config.batch_sise; the closest is --config.batch_size"),
     (["--config.model.num_heads=two"], "invalid literal for int() with base 10: 'two'"),
     (["--wrkdir=x"], "Did you mean: workdir"),
     (["--workdir=."], "expected a new or empty folder"),

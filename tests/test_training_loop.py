@@ -10,8 +10,8 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
-from tests.tiny_run import tiny_config, use_corpus, write_corpus
 
+from tests.tiny_run import tiny_config, use_corpus, write_corpus
 from triform.arch import build, load
 from triform.arch.data import python_stdlib
 from triform.arch.layout import split_model
@@ -99,9 +99,7 @@ def test_a_killed_process_resumes_bit_for_bit(corpus, tmp_path, number):
 
 def start_child(corpus, workdir, steps):
   command = [sys.executable, "-m", "tests.tiny_run", str(corpus), str(workdir), str(steps)]
-  return subprocess.Popen(
-    command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1]
-  )
+  return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1])
 
 
 def train_child(corpus, workdir, steps):
@@ -174,7 +172,9 @@ def test_load_returns_the_trained_model(corpus, tmp_path):
   model, tokenizer = load(tmp_path)
   _, kept = everything_kept(tmp_path)
   _, params, _ = split_model(model)
-  np.testing.assert_array_equal(params["embedding"]["embedding"], kept["params/embedding/embedding"])
+  np.testing.assert_array_equal(
+    params["embedding"]["embedding"], kept["params/embedding/embedding"]
+  )
   fresh = build(config_of(corpus).model, rngs=nnx.Rngs(0))
   ids = tokenizer.encode("name1 = 2\n")[None]
   assert not np.allclose(model(ids)[0], fresh(ids)[0])

@@ -131,13 +131,9 @@ class Retention(SequenceModule):
 
   def init_state(self, batch_size, *, max_len=None):
     kv = (batch_size, self.num_heads, self.key_size, self.value_size)
-    return RetentionState(
-      jnp.zeros(kv, state_dtype(self.dtype)), jnp.zeros(batch_size, jnp.uint32)
-    )
+    return RetentionState(jnp.zeros(kv, state_dtype(self.dtype)), jnp.zeros(batch_size, jnp.uint32))
 
-  def __call__(
-    self, x, state=None, *, form: Form = "parallel", reset=None, mask=None, rngs=None
-  ):
+  def __call__(self, x, state=None, *, form: Form = "parallel", reset=None, mask=None, rngs=None):
     check_call(x, form, reset, mask)
     b, t, _ = x.shape
     x = jnp.asarray(x, self.dtype)

@@ -22,7 +22,8 @@ def build(config: Mapping[str, Any], *, rngs: nnx.Rngs) -> SequenceModule:
   options = dict(config)
   architecture = options.pop("architecture", None)
   if architecture not in ARCHITECTURES:
-    raise ValueError(f"architecture is {architecture!r}, expected one of {', '.join(ARCHITECTURES)}")
+    known = ", ".join(ARCHITECTURES)
+    raise ValueError(f"architecture is {architecture!r}, expected one of {known}")
   model = ARCHITECTURES[architecture]
   known = set(inspect.signature(model.__init__).parameters) - {"self", "rngs"}
   for name in set(options) - known:

@@ -36,9 +36,7 @@ class Block(SequenceModule):
     def drop(y):
       return self.dropout(y, rngs=rngs, deterministic=rngs is None)
 
-    y, state = self.mixer(
-      self.mixer_norm(x), state, form=form, reset=reset, mask=mask, rngs=rngs
-    )
+    y, state = self.mixer(self.mixer_norm(x), state, form=form, reset=reset, mask=mask, rngs=rngs)
     x = x + drop(y)
     return x + drop(self.feed_forward(self.feed_forward_norm(x))), state
 
@@ -66,18 +64,13 @@ class Stack(SequenceModule):
     if scan:
       self.layers = stacked
     else:
-      graphdef, variables = nnx.split(stacked)
-      self.layers = nnx.List(
-        nnx.merge(graphdef, jax.tree.map(lambda a: a[i], variables)) for i in range(num_layers)  # noqa: B023
-      )
+      self.layers = nnx.List(_layer(stacked, i) for i in range(num_layers))
 
   def init_state(self, batch_size, *, max_len=None):
     if not self.scan:
       return tuple(layer.init_state(batch_size, max_len=max_len) for layer in self.layers)
     one = self.layers.init_state(batch_size, max_len=max_len)
-    return Scanned(
-      jax.tree.map(lambda a: jnp.broadcast_to(a, (self.num_layers, *a.shape)), one)
-    )
+    return Scanned(jax.tree.map(lambda a: jnp.broadcast_to(a, (self.num_layers, *a.shape)), one))
 
   def __call__(self, x, state=None, *, form="parallel", reset=None, mask=None, rngs=None):
     check_call(x, form, reset, mask)
@@ -105,8 +98,14 @@ class Stack(SequenceModule):
 
     per_layer = (variables, None if state is None else state.layers, keys)
     x, (states, statistics) = jax.lax.scan(body, x, per_layer)
-    nnx.update(self.layers, statistics)
+    if keys is not None:  # evaluation writes nothing, so it may run within any transform
+      nnx.update(self.layers, statistics)
     return x, Scanned(states)
+
+
+def _layer(stacked: nnx.Module, i: int) -> nnx.Module:
+  graphdef, variables = nnx.split(stacked)
+  return nnx.merge(graphdef, jax.tree.map(lambda a: a[i], variables))
 
 
 def _layer_rngs(key):

@@ -28,7 +28,6 @@ from .metrics import MetricWriter
 from .optimizer import optimizer, schedule
 from .step import TrainState, make_train_step
 
-
 _POSITIVE = (
   "seq_len",
   "batch_size",
@@ -137,9 +136,7 @@ class _Meter:
   def __init__(self, config: ConfigDict, workdir: Path, token_bytes: np.ndarray):
     self._config, self._workdir, self._token_bytes = config, workdir, token_bytes
     self._schedule = schedule(config.optimizer, config.total_steps)
-    self._flops_per_token = flops.train_flops_per_token(
-      config.model, config.seq_len, config.form
-    )
+    self._flops_per_token = flops.train_flops_per_token(config.model, config.seq_len, config.form)
     self._peak = config.peak_flops or flops.peak_flops(jax.devices()[0])
     self._tokens, self._since = 0, None
 

@@ -57,7 +57,7 @@ def retention(
   q, k, v, log_decay, state, reset, mask = jax.tree.map(jnp.asarray, arrays)
   for name, array in {"q": q, "k": k, "v": v}.items():
     if array.ndim != 4:
-      raise ValueError(f"{name} has shape {list(array.shape)}, expected 4 axes: batch, time, head, size")
+      raise ValueError(f"{name} has shape {list(array.shape)}, expected [batch, time, heads, size]")
   b, t, h, key_size = q.shape
   g = k.shape[2]
   expected = {
@@ -116,9 +116,7 @@ def head_norm(
     log_decay = jnp.asarray(log_decay).astype(dtype)[None, None, :]
     count = (position.astype(dtype) + 1)[..., None]  # [b, t, 1]
     decays = jnp.where(log_decay == 0, -1, log_decay)  # the closed form is 0/0 at decay 1
-    squared_scale = jnp.where(
-      log_decay == 0, count, jnp.expm1(decays * count) / jnp.expm1(decays)
-    )
+    squared_scale = jnp.where(log_decay == 0, count, jnp.expm1(decays * count) / jnp.expm1(decays))
     floor = eps * squared_scale[..., None]
   y = x * jax.lax.rsqrt(variance + floor)
   if weight is not None:

@@ -95,9 +95,7 @@ def _accumulator(q, k, v, state) -> jnp.dtype:
 
 def _attend(q, k, v, weights):
   """`((q k^T) * weights) v` with q [b, g, r, n, i, k], k and v [b, g, 1, n, j, ...]."""
-  scores = jnp.einsum(
-    "bgrnik,bgnjk->bgrnij", q, k[:, :, 0], preferred_element_type=weights.dtype
-  )
+  scores = jnp.einsum("bgrnik,bgnjk->bgrnij", q, k[:, :, 0], preferred_element_type=weights.dtype)
   # In the other order of operands, XLA for CPU compiles bfloat16 to a product it cannot run.
   return jnp.einsum(
     "bgnjv,bgrnij->bgrniv",
@@ -188,7 +186,7 @@ def chunkwise(q, k, v, log_decay, state, reset, mask, *, chunk_size):
 
 def recurrent(q, k, v, log_decay, state, reset, mask):
   """One token after another, the state being all that is kept."""
-  b, t, h, key_size = q.shape
+  b, _, h, key_size = q.shape
   g, dtype = k.shape[2], _accumulator(q, k, v, state)
   state = _zeros_state(q, v, dtype) if state is None else state.astype(dtype)
   log_decay = log_decay.astype(dtype)
