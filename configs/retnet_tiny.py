@@ -32,16 +32,17 @@ def get_config(variant: str = "torchscale"):
     decay_schedule="linspace",
     dialect="torchscale",
     dropout=0.0,
+    chunk_size=64,
     dtype="float32",
     scan_layers=False,
   )
   config.model.update(VARIANTS[variant])
   config.seq_len = 512
-  config.batch_size = 4
-  config.total_steps = 1660
-  config.optimizer.learning_rate = 5e-3
+  config.batch_size = 2
+  config.total_steps = 1700
+  config.optimizer.learning_rate = 4e-3
   config.optimizer.final_fraction = 0.05
-  config.eval.every_steps = 400
-  config.eval.max_tokens = 60_000
-  config.checkpoint.every_steps = 200
+  config.eval.every_steps = 340
+  config.eval.max_tokens = 50_000
+  config.checkpoint.every_steps = 340
   return config

@@ -33,7 +33,7 @@ SIMPLEST = "recurrent"
 EXACT = 1e-12
 DTYPES = ("float32", "bfloat16", "float64")
 # The programs are tiny: compile quickly rather than well.
-COMPILER_OPTIONS = {"xla_backend_optimization_level": 0}
+COMPILER_OPTIONS = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
 
 
 def vectors(width: int) -> Callable:

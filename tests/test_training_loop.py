@@ -185,7 +185,7 @@ def test_load_returns_the_trained_model(corpus, tmp_path):
   [
     ({"form": "serial"}, "form is 'serial', expected one of parallel, chunkwise, recurrent"),
     ({"batch_size": 0}, "batch_size is 0, expected at least 1"),
-    ({"optimizer.warmup_steps": 12}, "warmup_steps is 12, expected 0 to total_steps - 1 = 11"),
+    ({"checkpoint.keep": 0}, "checkpoint.keep is 0, expected at least 1"),
     ({"model.vocab_size": 100}, "needs vocab_size >= 257"),
   ],
 )

@@ -22,7 +22,7 @@ def default_config(**model) -> ConfigDict:
       "log_every_steps": 10,
       "optimizer": {
         "learning_rate": 1e-3,  # at its peak
-        "warmup_steps": 100,  # linear from 0
+        "warmup_steps": 100,  # linear from 0; at most a tenth of total_steps
         "final_fraction": 0.1,  # of the peak, where the cosine ends
         "b1": 0.9,
         "b2": 0.98,

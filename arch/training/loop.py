@@ -42,7 +42,7 @@ _POSITIVE = (
 
 
 class NonFiniteError(FloatingPointError):
-  """The loss or the gradient of a step was not finite."""
+  """The loss or the update of a step was not finite."""
 
 
 def train(config: ConfigDict, workdir: str | os.PathLike) -> bool:
@@ -56,7 +56,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> bool:
 
   Raises:
     ValueError: for a configuration that cannot be run, before any training.
-    NonFiniteError: when a loss or gradient is not finite; `nonfinite.json` in the work
+    NonFiniteError: when a loss or update is not finite; `nonfinite.json` in the work
       directory tells the step and its batch, and the state before it is the last one kept.
   """
   _check(config)
@@ -142,7 +142,7 @@ class _Meter:
 
   def read(self, writer: MetricWriter, step: int, batch: dict, metrics: dict):
     metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
-    if not np.isfinite([metrics["loss"], metrics["gradient_norm"]]).all():
+    if not metrics["finite"]:
       self._stop(step, batch, metrics)
     writer.advance(step)
     now = time.perf_counter()

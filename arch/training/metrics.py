@@ -60,7 +60,8 @@ class MetricWriter:
   def write(self, step: int, metrics: dict[str, float]) -> None:
     """Records `metrics` of `step` everywhere. Values are Python, NumPy or JAX scalars."""
     self.advance(step)
-    metrics = {name: float(value) for name, value in metrics.items()} | self._eta(step)
+    shown = {name: float(value) for name, value in metrics.items()}
+    metrics = shown | self._eta(step)
     line = {k: v if math.isfinite(v) else None for k, v in metrics.items()}  # JSON has no NaN
     self._file.write(json.dumps({"step": step, **line}) + "\n")
     self._file.flush()
@@ -69,9 +70,9 @@ class MetricWriter:
     if self._bar is None:
       print(format_line(step, self._total_steps, metrics), flush=True)
     elif any(name.startswith("eval_") for name in metrics):
-      self._bar.write(format_line(step, self._total_steps, metrics), file=sys.stdout)
+      self._bar.write(format_line(step, self._total_steps, shown), file=sys.stdout)
     else:
-      self._bar.set_postfix_str(_format_metrics(metrics))
+      self._bar.set_postfix_str(_format_metrics(shown))  # the bar has its own time left
 
   def advance(self, step: int) -> None:
     """Tells that `step` is done; cheap enough for every step."""

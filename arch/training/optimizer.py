@@ -8,16 +8,14 @@ from ml_collections import ConfigDict
 
 
 def schedule(config: ConfigDict, total_steps: int) -> optax.Schedule:
-  """Linear warm-up to `learning_rate`, then a cosine to `final_fraction` of it at the last step."""
-  if not 0 <= config.warmup_steps < total_steps:
-    raise ValueError(
-      f"optimizer.warmup_steps is {config.warmup_steps}, expected 0 to total_steps - 1 = "
-      f"{total_steps - 1}"
-    )
+  """Linear warm-up to `learning_rate`, then a cosine to `final_fraction` of it at the last step.
+
+  The warm-up takes at most a tenth of the run, so that a shortened run is still a sensible one.
+  """
   return optax.warmup_cosine_decay_schedule(
     init_value=0.0,
     peak_value=config.learning_rate,
-    warmup_steps=config.warmup_steps,
+    warmup_steps=min(config.warmup_steps, total_steps // 10),
     decay_steps=total_steps,
     end_value=config.learning_rate * config.final_fraction,
   )

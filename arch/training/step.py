@@ -31,7 +31,7 @@ def make_train_step(
   """`step_fn(state, batch, step) -> (state, metrics)`.
 
   Randomness is `fold_in(key(seed), step)`, so that a step depends on nothing but its arguments.
-  A step whose loss or gradient is not finite leaves the state as it was; its metrics tell.
+  A step whose loss or update is not finite leaves the state as it was; its metrics tell.
   """
 
   def loss_fn(params, variables, batch, key):
@@ -48,11 +48,16 @@ def make_train_step(
     (loss, (total, variables)), gradients = jax.value_and_grad(loss_fn, has_aux=True)(
       state.params, state.variables, batch, key
     )
-    gradient_norm = optax.tree.norm(gradients)
     updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
     new = TrainState(optax.apply_updates(state.params, updates), variables, optimizer_state)
-    finite = jnp.isfinite(loss) & jnp.isfinite(gradient_norm)
+    finite = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(updates))
     state = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
-    return state, {"loss": loss, "total_loss": total, "gradient_norm": gradient_norm}
+    metrics = {
+      "loss": loss,
+      "total_loss": total,
+      "gradient_norm": optax.tree.norm(gradients),
+      "finite": finite,
+    }
+    return state, metrics
 
   return train_step
