@@ -1,14 +1,17 @@
 """Settings every test runs under: CPU, no silent rank promotion, reproducible examples."""
 
 import os
+import re
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
+import pytest
 from hypothesis import HealthCheck, Phase, settings
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
+LAW = re.compile(r"test_laws.py::.*\[(.*?)(-parallel|-chunkwise|-recurrent)?(-b?float\d+)?\]$")
 COMMON = {"deadline": None, "suppress_health_check": list(HealthCheck)}
 settings.register_profile(
   "quick",
@@ -22,3 +25,14 @@ settings.register_profile("thorough", max_examples=100, **COMMON)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+  """For `-n`: the laws of a subject go to one worker, so that its programs are compiled once."""
+  from xdist.scheduler import LoadScopeScheduling
+
+  class BySubject(LoadScopeScheduling):
+    def _split_scope(self, nodeid):
+      law = LAW.search(nodeid)
+      return law[1] if law else nodeid
+
+  return BySubject(config, log) if config.getvalue("dist") == "load" else None

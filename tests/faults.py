@@ -253,7 +253,10 @@ def run(target: Path, tests: str, select: str, seconds: int = SECONDS) -> tuple[
     raise SystemExit(f"{tests} -k {select!r} took more than {seconds} seconds") from None
   if finished.returncode not in (0, 1):  # nothing collected, an import error, ...
     raise SystemExit(f"pytest could not run {tests} -k {select!r}:\n{finished.stdout[-3000:]}")
-  failed = re.search(r"^FAILED \S+?::(\S+)", finished.stdout, re.MULTILINE)
+  judged = re.search(r"^E .*\b(AssertionError|assert)\b", finished.stdout, re.M)
+  if finished.returncode == 1 and not judged:
+    raise SystemExit(f"not a failed assertion but an error:\n{finished.stdout[-3000:]}")
+  failed = re.search(r"^FAILED \S+?::(\S+)", finished.stdout, re.M)
   return finished.returncode == 0, failed[1] if failed else "?"
 
 

@@ -27,13 +27,15 @@ from flax import nnx
 from triform.arch.interface import FORMS, SequenceModule, put_rows, state_dtype, take_rows
 
 BATCH, LENGTH = 2, 7  # with chunks of 4 tokens: one whole, one ragged
-PIECES = (1, 3, 4)  # lengths of pieces and documents, each a compiled program
+PIECES = (1, 5)  # a decoding step, and a ragged piece; each a compiled program per form
 SIMPLEST = "recurrent"
 # Some thousand operations lie between an input and a gradient, each off by 2**-53 at most.
 EXACT = 1e-12
 DTYPES = ("float32", "bfloat16", "float64")
 # The programs are tiny: compile quickly rather than well.
-COMPILER_OPTIONS = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+COMPILER_OPTIONS: dict[str, Any] = {"xla_backend_optimization_level": 0}
+if jax.__version_info__ < (0, 11):  # later versions have but one code generator
+  COMPILER_OPTIONS["xla_cpu_use_fusion_emitters"] = False
 
 
 def vectors(width: int) -> Callable:

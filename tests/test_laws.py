@@ -11,6 +11,7 @@ from laws import BATCH, DTYPES, LENGTH, PIECES, SUBJECTS, cases, forms, splits
 from triform.arch.interface import FORMS
 
 SEEDS = st.integers(0, 999)
+ROWS, TOKENS = st.integers(0, BATCH - 1), st.integers(0, LENGTH - 1)
 CUTS = st.integers(1, LENGTH - 1)
 # A million, the last positions before a phase's sign changes and before counters wrap.
 FAR = st.sampled_from([1_000_000, 2**31 - 3, 2**32 - LENGTH - 1])
@@ -100,7 +101,7 @@ def test_law_4_documents_are_windows(name, dtype, data, cut, form):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@given(data=st.data(), form=forms(), row=st.integers(0, BATCH - 1), token=st.integers(0, LENGTH - 1))
+@given(data=st.data(), form=forms(), row=ROWS, token=TOKENS)
 def test_law_5_outputs_are_causal(name, dtype, data, form, row, token):
   laws.outputs_are_causal(name, dtype, data.draw(cases(name)), form, row, token)
 

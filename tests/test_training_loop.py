@@ -19,6 +19,8 @@ from triform.arch.training import loop
 from triform.arch.training.checkpoints import read_abstract, restore
 from triform.arch.training.loop import NonFiniteError, train
 
+CHILD_STEPS = 40
+
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
@@ -73,11 +75,18 @@ def train_until(steps, config, workdir):
     loop._Meter.read = original
 
 
+@pytest.fixture(scope="module")
+def whole(corpus, tmp_path_factory):
+  """The work directory of a process that nothing interrupted."""
+  workdir = tmp_path_factory.mktemp("whole") / "run"
+  train_child(corpus, workdir, CHILD_STEPS)
+  return workdir
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_a_killed_process_resumes_bit_for_bit(corpus, tmp_path, number):
-  steps, victim = 40, random.Random().randrange(6, 35)
+def test_a_killed_process_resumes_bit_for_bit(corpus, whole, tmp_path, number):
+  steps, victim = CHILD_STEPS, random.Random().randrange(6, CHILD_STEPS - 5)
   print(f"killed at step {victim}")  # shown if the test fails
-  train_child(corpus, tmp_path / "whole", steps)
   child = start_child(corpus, tmp_path / "cut", steps)
   for line in child.stdout:
     if line.startswith(f"step {victim}/"):
@@ -90,10 +99,10 @@ def test_a_killed_process_resumes_bit_for_bit(corpus, tmp_path, number):
   else:
     assert child.returncode == -signal.SIGKILL
   train_child(corpus, tmp_path / "cut", steps)
-  whole, cut = everything_kept(tmp_path / "whole"), everything_kept(tmp_path / "cut")
-  assert whole[0] == cut[0] == steps
-  chex.assert_trees_all_equal(whole[1], cut[1])
-  logged = [[r["step"] for r in lines(tmp_path / n) if "loss" in r] for n in ("whole", "cut")]
+  expected, resumed = everything_kept(whole), everything_kept(tmp_path / "cut")
+  assert expected[0] == resumed[0] == steps
+  chex.assert_trees_all_equal(expected[1], resumed[1])
+  logged = [[r["step"] for r in lines(run) if "loss" in r] for run in (whole, tmp_path / "cut")]
   assert logged[0] == logged[1] == list(range(1, steps + 1))
 
 
