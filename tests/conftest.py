@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, Phase, settings
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-LAW = re.compile(r"test_laws.py::.*\[(.*?)(-parallel|-chunkwise|-recurrent)?(-b?float\d+)?\]$")
+LAW = re.compile(r"test_laws.py::.*\[(.*?)(-parallel|-chunkwise|-recurrent|-\(\d+, \d+\))?(-b?float\d+)?\]$")
 COMMON = {"deadline": None, "suppress_health_check": list(HealthCheck)}
 settings.register_profile(
   "quick",

@@ -124,7 +124,7 @@ FAULTS = [
     "kernels/rotary.py",
     "return position[..., None] * steps[None, None, :]",
     "phase = position[..., None].astype(jnp.float32) * (steps[None, None, :] / jnp.float32(TURN))\n"
-    "  return ((phase % 1.0) * TURN).astype(jnp.uint32)",
+    "  return ((phase % 1.0) * jnp.float32(TURN)).astype(jnp.uint32)",
     LAWS,
     "law_7 and retention-fixed",
   ),

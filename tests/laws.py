@@ -27,6 +27,7 @@ from flax import nnx
 from triform.arch.interface import FORMS, SequenceModule, put_rows, state_dtype, take_rows
 
 BATCH, LENGTH = 2, 7  # with chunks of 4 tokens: one whole, one ragged
+SHAPES = ((1, 1), (3, 4), (1, 13))  # one token, one chunk, three and a bit: for law 1
 PIECES = (1, 5)  # a decoding step, and a ragged piece; each a compiled program per form
 SIMPLEST = "recurrent"
 # Some thousand operations lie between an input and a gradient, each off by 2**-53 at most.
@@ -258,21 +259,21 @@ def forms() -> st.SearchStrategy:
 
 
 @st.composite
-def cases(draw, name: str) -> Case:
+def cases(draw, name: str, batch: int = BATCH, length: int = LENGTH) -> Case:
   """An example with a state that a call left behind, or with the first one."""
   subject, rng = SUBJECTS[name], np.random.default_rng(draw(st.integers(0, 999)))
 
   def inputs():
-    x = subject.inputs(rng, BATCH, LENGTH)
+    x = subject.inputs(rng, batch, length)
     return x.astype(np.int32) if np.issubdtype(x.dtype, np.integer) else _round(x, jnp.bfloat16)
 
   x, wide = inputs(), bench(name, "float64")
-  state = jax.tree.map(np.asarray, wide.init_state())
+  state = jax.tree.map(np.asarray, wide.init_state(batch))
   if draw(st.booleans()):
-    nothing = np.zeros((BATCH, LENGTH), bool)
+    nothing = np.zeros((batch, length), bool)
     state = wide.trial(Case(inputs(), state, nothing, ~nothing), SIMPLEST).state
     state = jax.tree.map(lambda a: _round(np.asarray(a), np.float32), state)
-  return Case(x, state, draw(resets(BATCH, LENGTH)), draw(masks(BATCH, LENGTH)))
+  return Case(x, state, draw(resets(batch, length)), draw(masks(batch, length)))
 
 
 def _round(a, dtype):

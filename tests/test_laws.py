@@ -6,7 +6,7 @@ import laws
 import laws_subjects  # noqa: F401  registers
 import pytest
 from hypothesis import given
-from laws import BATCH, DTYPES, LENGTH, PIECES, SUBJECTS, cases, forms, splits
+from laws import BATCH, DTYPES, LENGTH, PIECES, SHAPES, SUBJECTS, cases, forms, splits
 
 from triform.arch.interface import FORMS
 
@@ -29,6 +29,12 @@ def name(request):
 @given(data=st.data())
 def test_law_1_forms_agree(name, dtype, data):
   laws.forms_agree(name, dtype, data.draw(cases(name)))
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@given(data=st.data())
+def test_law_1_forms_agree_at_any_shape(name, shape, data):
+  laws.forms_agree(name, "float64", data.draw(cases(name, *shape)))
 
 
 @pytest.mark.parametrize("form", FORMS)
