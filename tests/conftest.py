@@ -11,7 +11,8 @@ from hypothesis import HealthCheck, Phase, settings
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-LAW = re.compile(r"test_laws.py::.*\[(.*?)(-parallel|-chunkwise|-recurrent|-\(\d+, \d+\))?(-b?float\d+)?\]$")
+DRAWN = r"(-parallel|-chunkwise|-recurrent|-\(\d+, \d+\))?(-b?float\d+)?"
+LAW = re.compile(rf"test_laws.py::.*\[(.*?){DRAWN}\]$")
 COMMON = {"deadline": None, "suppress_health_check": list(HealthCheck)}
 settings.register_profile(
   "quick",

@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from tiny_run import tiny_config, use_corpus, write_corpus
 
-from tests.tiny_run import tiny_config, use_corpus, write_corpus
 from triform.arch import load
 from triform.arch.data import python_stdlib
 from triform.arch.data.text import documents_from_path

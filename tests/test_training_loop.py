@@ -10,8 +10,8 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
+from tiny_run import tiny_config, use_corpus, write_corpus
 
-from tests.tiny_run import tiny_config, use_corpus, write_corpus
 from triform.arch import build, load
 from triform.arch.data import python_stdlib
 from triform.arch.layout import split_model
@@ -107,7 +107,13 @@ def test_a_killed_process_resumes_bit_for_bit(corpus, whole, tmp_path, number):
 
 
 def start_child(corpus, workdir, steps):
-  command = [sys.executable, "-m", "tests.tiny_run", str(corpus), str(workdir), str(steps)]
+  command = [
+    sys.executable,
+    str(Path(__file__).with_name("tiny_run.py")),
+    str(corpus),
+    str(workdir),
+    str(steps),
+  ]
   return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1])
 
 
