@@ -44,6 +44,6 @@ def get_config(variant: str = "torchscale"):
   config.optimizer.learning_rate = 4e-3
   config.optimizer.final_fraction = 0.05
   config.eval.every_steps = 340
-  config.eval.max_tokens = 25_000
+  config.eval.max_tokens = 50_000
   config.checkpoint.every_steps = 340
   return config

@@ -387,7 +387,7 @@ def forms_are_algorithms(name: str, t: int = 512) -> None:
       x = np.zeros((1, length), np.int32)
       if SUBJECTS[name].table is None:
         x = SUBJECTS[name].inputs(np.random.default_rng(0), 1, length)
-      sizes.append(largest(lambda x: wide.module()(x, form=form), wide._inputs(x)))  # noqa: B023
+      sizes.append(largest(functools.partial(wide.module(), form=form), wide._inputs(x)))
     assert sizes[1] <= 2 * sizes[0], f"{form}: {sizes}"
     assert sizes[0] < t * t, f"{form}: {sizes[0]} numbers at {t} tokens"
 
@@ -579,7 +579,7 @@ def state_is_constant(name: str, dtype: str) -> None:
     for form in FORMS:
       for t in (1, LENGTH):
         x = narrow._inputs(SUBJECTS[name].inputs(np.random.default_rng(0), BATCH, t))
-        y, after = jax.eval_shape(lambda x, s: narrow.module()(x, s, form=form), x, first)  # noqa: B023
+        y, after = jax.eval_shape(functools.partial(narrow.module(), form=form), x, first)
         chex.assert_trees_all_equal_shapes_and_dtypes(after, jax.eval_shape(lambda: first))
         assert y.shape[:2] == (BATCH, t)
 

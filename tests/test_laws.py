@@ -3,7 +3,7 @@
 import hypothesis.strategies as st
 import jax
 import laws
-import laws_subjects  # noqa: F401  registers
+import laws_subjects  # noqa: F401  imported for its `register` calls
 import pytest
 from hypothesis import given
 from laws import BATCH, DTYPES, LENGTH, PIECES, SHAPES, SUBJECTS, cases, forms, splits
