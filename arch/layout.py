@@ -47,6 +47,12 @@ def from_stacked(leaves: dict[str, jax.Array], like: Any) -> Any:
   )
 
 
+def stacked_names(tree: Any) -> Any:
+  """The name that every leaf of `tree` has in `to_stacked`, in the structure of `tree`."""
+  names = [_stacked_name(name)[0] for name, _ in _named_leaves(tree)]
+  return jax.tree.unflatten(jax.tree.structure(tree), names)
+
+
 def _named_leaves(tree):
   paths, _ = jax.tree_util.tree_flatten_with_path(tree)
   return [(jax.tree_util.keystr(path, simple=True, separator="/"), leaf) for path, leaf in paths]
