@@ -45,10 +45,7 @@ def start(model, update):
 def run(model, steps=1, batch=BATCH, update=None):
   update = update or optax.adam(1e-2)
   graphdef, state = start(model, update)
-  step_fn = jax.jit(
-    make_train_step(graphdef, update, form="chunkwise", seed=0),
-    compiler_options={"xla_backend_optimization_level": 0},  # a tiny program: compile quickly
-  )
+  step_fn = jax.jit(make_train_step(graphdef, update, form="chunkwise", seed=0))
   for step in range(steps):
     state, metrics = step_fn(state, batch, np.int32(step))
   return state, metrics
