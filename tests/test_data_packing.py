@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from triform.arch.data.packing import Documents, PackedWindows, carried_batches, train_batches
 
 BOS, EOS = 1, 2
-KEYS = ("inputs", "targets", "reset", "mask")
+KEYS = ("inputs", "targets", "reset", "mask", "loss_mask")
 
 lengths_of_documents = st.lists(st.integers(0, 12), max_size=8)
 seq_lens = st.integers(1, 9)
@@ -44,7 +44,7 @@ def real_positions(batch):
 def check_types(batch, shape):
   assert set(batch) == set(KEYS)
   assert all(batch[key].shape == shape for key in KEYS)
-  assert [batch[key].dtype for key in KEYS] == [np.int32, np.int32, bool, bool]
+  assert [batch[key].dtype for key in KEYS] == [np.int32, np.int32, bool, bool, bool]
 
 
 def as_rows(batch):
@@ -77,13 +77,26 @@ def test_a_small_example():
     "targets": [5, 6, 2, 7],
     "reset": [True, False, False, True],
     "mask": [True, True, True, True],
+    "loss_mask": [True, True, True, True],
   }
   assert {key: windows[1][key].tolist() for key in KEYS} == {
     "inputs": [7, 0, 0, 0],
     "targets": [2, 0, 0, 0],
     "reset": [False, False, False, False],
     "mask": [True, False, False, False],
+    "loss_mask": [True, False, False, False],
   }
+
+
+def test_prompts_are_read_but_not_trained_on():
+  trained = np.array([False, True, True, False])
+  documents = Documents(np.array([5, 6, 7, 8], np.int32), np.array([3, 4]), trained)
+  window = PackedWindows(documents, bos_id=BOS, eos_id=EOS, seq_len=7)[0]
+  assert window["targets"].tolist() == [5, 6, 7, EOS, 8, EOS, 0]
+  assert window["loss_mask"].tolist() == [False, True, True, True, False, True, False]
+  assert window["mask"].tolist() == [True] * 6 + [False]
+  with pytest.raises(ValueError, match="4 flags in trained, got 3"):
+    Documents(documents.tokens, documents.ends, trained[1:])
 
 
 @settings(deadline=None)

@@ -3,8 +3,10 @@
 A document t1 .. tn takes n + 1 positions of the token stream: it is told that it begins, and must
 say that it ends.
 
-    inputs   bos t1 .. tn        reset   true at bos, false elsewhere
-    targets  t1 .. tn eos        mask    true; false in the padding after the stream's end
+    inputs   bos t1 .. tn        reset      true at bos, false elsewhere
+    targets  t1 .. tn eos        mask       true; false in the padding after the stream's end
+                                 loss_mask  mask, but false where the target is a token that is
+                                            read and not trained on, such as one of a prompt
 
 The documents follow one another in order. `PackedWindows` and `train_batches` cut the stream into
 windows that are shuffled; `carried_batches` reads it in order, each batch continuing the last one.
@@ -25,6 +27,7 @@ class Documents:
 
   tokens: np.ndarray  # int32[n]
   ends: np.ndarray  # int64[docs], where each document ends in `tokens`
+  trained: np.ndarray | None = None  # bool[n], false for tokens only to be read; None: all true
 
   def __post_init__(self):
     steps = np.diff(self.ends, prepend=0, append=len(self.tokens))
@@ -32,6 +35,8 @@ class Documents:
       raise ValueError(
         f"expected ends that ascend to the {len(self.tokens)} tokens, got {self.ends}"
       )
+    if self.trained is not None and len(self.trained) != len(self.tokens):
+      raise ValueError(f"expected {len(self.tokens)} flags in trained, got {len(self.trained)}")
 
   @classmethod
   def from_arrays(cls, arrays: Sequence[np.ndarray]) -> "Documents":
@@ -49,7 +54,7 @@ class _Stream:
   """Random access to the stream of inputs and targets, without holding it in memory."""
 
   def __init__(self, documents: Documents, bos_id: int, eos_id: int):
-    self._tokens = documents.tokens
+    self._tokens, self._trained = documents.tokens, documents.trained
     self._bos_id, self._eos_id = bos_id, eos_id
     # Every earlier document shifts a token by its one extra position.
     index = np.arange(len(documents))
@@ -64,7 +69,7 @@ class _Stream:
     positions: np.ndarray,  # int64[...]
     mask: np.ndarray,  # bool[...], false where there is nothing to read
   ) -> Batch:
-    """Inputs, targets, resets and mask at the given positions, each of their shape."""
+    """The arrays of a batch at the given positions, each of their shape."""
     document = np.searchsorted(self._lasts, positions)
     document = np.minimum(document, len(self._lasts) - 1)
     first = positions == self._firsts[document]
@@ -77,14 +82,23 @@ class _Stream:
     targets = np.where(mask, self._eos_id, 0).astype(np.int32)
     inner = mask & ~last
     targets[inner] = self._tokens[token[inner]]
-    return {"inputs": inputs, "targets": targets, "reset": first & mask, "mask": mask}
+    loss_mask = mask.copy()
+    if self._trained is not None:
+      loss_mask[inner] = self._trained[token[inner]]
+    return {
+      "inputs": inputs,
+      "targets": targets,
+      "reset": first & mask,
+      "mask": mask,
+      "loss_mask": loss_mask,
+    }
 
 
 class PackedWindows:
   """The stream cut into windows of `seq_len`, the last one padded on the right.
 
-  `windows[i]` is a dict of `inputs int32[t]`, `targets int32[t]`, `reset bool[t]`, `mask bool[t]`.
-  A document that crosses a boundary goes on in the next window without a reset, and there without
+  `windows[i]` is a dict of `inputs int32[t]`, `targets int32[t]`, and bool[t] `reset`, `mask` and
+  `loss_mask`. A document that crosses a boundary goes on in the next window without a reset, and there without
   its beginning; no token is lost.
   """
 

@@ -152,7 +152,7 @@ class _Meter:
       self._tokens += batch["inputs"].size
     if step % self._config.log_every_steps and step != self._config.total_steps:
       return
-    text_bytes = int(self._token_bytes[batch["targets"]][batch["mask"]].sum())
+    text_bytes = int(self._token_bytes[batch["targets"]][batch["loss_mask"]].sum())
     record = {
       "loss": metrics["loss"],
       "bits_per_byte": bits_per_byte(metrics["total_loss"], text_bytes),
