@@ -97,9 +97,9 @@ class _Stream:
 class PackedWindows:
   """The stream cut into windows of `seq_len`, the last one padded on the right.
 
-  `windows[i]` is a dict of `inputs int32[t]`, `targets int32[t]`, and bool[t] `reset`, `mask` and
-  `loss_mask`. A document that crosses a boundary goes on in the next window without a reset, and there without
-  its beginning; no token is lost.
+  `windows[i]` is a dict of `inputs int32[t]`, `targets int32[t]`, and `reset`, `mask`, `loss_mask`
+  of bool[t]. A document that crosses a boundary goes on in the next window without a reset, and
+  there without its beginning; no token is lost.
   """
 
   def __init__(self, documents: Documents, *, bos_id: int, eos_id: int, seq_len: int):
