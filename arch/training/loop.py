@@ -15,7 +15,6 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from .. import flops
-from ..data.packing import train_batches
 from ..data.text import load_text
 from ..data.tokenizers import load_tokenizer
 from ..evaluation import bits_per_byte, evaluate
@@ -69,9 +68,11 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> bool:
   tokenizer = load_tokenizer(tokenizer_folder) if tokenizer_folder.exists() else None
   data = load_text(config.data, config.model.vocab_size, tokenizer)
   data.tokenizer.save(tokenizer_folder)
-  special = {"bos_id": data.tokenizer.bos_id, "eos_id": data.tokenizer.eos_id}
-  batches = train_batches(
-    data.train, **special, seq_len=config.seq_len, batch_size=config.batch_size, seed=config.seed
+  batches = data.batches(
+    seq_len=config.seq_len,
+    batch_size=config.batch_size,
+    seed=config.seed,
+    workers=config.data.workers,
   )
 
   model = build(config.model, rngs=nnx.Rngs(config.seed))

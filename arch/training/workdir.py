@@ -20,7 +20,8 @@ from ml_collections import ConfigDict, config_dict
 
 PACKAGES = ("triform", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 # What the parameters depend on: a run cannot be resumed with another value of any of these.
-FIXED = ("model", "data.name", "data.tokenizer")
+_CORPUS = ("name", "path", "tfds", "mixture", "split", "text_field", "prompt_field")
+FIXED = ("model", "data.tokenizer", *(f"data.{name}" for name in _CORPUS))
 ABSENT = "<absent>"
 
 _TUPLE = "__tuple__"
@@ -33,8 +34,8 @@ def prepare(workdir: str | os.PathLike, config: ConfigDict) -> None:
 
   Args:
     workdir: a folder that is new, empty, or that this function has prepared before.
-    config: the whole configuration. To resume a run, everything under `model`, `data.name` and
-      `data.tokenizer` must be what it was; the rest may change and is recorded anew.
+    config: the whole configuration. To resume a run, everything under `model`, the corpus and the
+      tokenizer must be what they were; the rest may change and is recorded anew.
 
   Raises:
     ValueError: if the folder holds something else, cannot be written, or belongs to a run with
@@ -121,7 +122,7 @@ def _check_resumable(workdir: Path, saved: ConfigDict, given: ConfigDict) -> Non
   differing = [
     f"  {key}: saved {saved.get(key, ABSENT)!r}, given {given.get(key, ABSENT)!r}"
     for key in sorted(saved.keys() | given.keys())
-    if saved.get(key, ABSENT) != given.get(key, ABSENT)
+    if saved.get(key) != given.get(key)  # an unset field is like one an older version lacked
   ]
   if differing:
     raise ValueError(
