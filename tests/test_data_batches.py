@@ -166,7 +166,7 @@ def test_iterate_with_worker_processes():
 
 
 PROGRAM = """
-  import os, signal, sys, time
+  import multiprocessing, signal, time
   import numpy as np
   from triform.arch.data.batches import TrainBatches
   from triform.arch.data.packing import Documents
@@ -180,8 +180,7 @@ PROGRAM = """
     signal.signal(signal.SIGINT, lambda *_: stopped.append(True))  # as the trainer does
     iterator = batches.iterate()
     next(iterator)
-    children = os.popen(f"ps -o pid= --ppid {os.getpid()}").read().split()
-    print("ready", *children, flush=True)
+    print("ready", *(child.pid for child in multiprocessing.active_children()), flush=True)
     while not stopped:
       time.sleep(0.01)
     for _ in range(20):
@@ -224,9 +223,17 @@ def test_workers_end_with_a_killed_parent(program):
   assert workers
   program.kill()
   deadline = time.monotonic() + 30
-  while any(Path(f"/proc/{pid}").exists() for pid in workers) and time.monotonic() < deadline:
+  while any(map(is_running, workers)) and time.monotonic() < deadline:
     time.sleep(0.05)
-  assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
+  assert not any(map(is_running, workers))
+
+
+def is_running(pid):
+  try:
+    state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+  except FileNotFoundError:
+    return False
+  return state != "Z"  # ended, and nobody has asked how
 
 
 def test_endless_batches_of_one_go_on():

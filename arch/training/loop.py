@@ -62,18 +62,20 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> bool:
   workdir = Path(workdir)
   if config.compilation_cache:
     enable_compilation_cache()
-  workdirs.prepare(workdir, config)
+  workdirs.check(workdir, config)
   # A resumed run keeps its tokenizer, even where the corpus has changed with the Python version.
   tokenizer_folder = workdir / "tokenizer"
   tokenizer = load_tokenizer(tokenizer_folder) if tokenizer_folder.exists() else None
   data = load_text(config.data, config.model.vocab_size, tokenizer)
-  data.tokenizer.save(tokenizer_folder)
   batches = data.batches(
     seq_len=config.seq_len,
     batch_size=config.batch_size,
     seed=config.seed,
     workers=config.data.workers,
   )
+  # Only now: a run whose corpus was mistyped must not keep the work directory for itself.
+  workdirs.prepare(workdir, config)
+  data.tokenizer.save(tokenizer_folder)
 
   model = build(config.model, rngs=nnx.Rngs(config.seed))
   graphdef, params, variables = split_model(model)
