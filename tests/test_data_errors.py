@@ -105,8 +105,11 @@ CASES = {
   "misspelt TFDS set": ({"tfds": "lm1d"}, "the closest is 'lm1b'"),
   "no TFDS name": ({"tfds": "a b"}, "cannot use the TFDS set 'a b'"),
   "unknown version": ({"tfds": "lm1b:0.0.1"}, "cannot use the TFDS set 'lm1b:0.0.1'"),
-  "unknown split": ({"tfds": "good_set", "split": "tran"}, "Unknown split 'tran'"),
-  "no split": ({"tfds": "good_set", "split": "train[:x]"}, "'train[:x]'"),
+  "unknown split": (
+    {"tfds": "good_set", "split": "tran", "text_field": "title"},
+    "Unknown split 'tran'",
+  ),
+  "no split": ({"tfds": "good_set", "split": "train[:x]", "text_field": "title"}, "'train[:x]'"),
   "split of a path": ({"path": "{folder}/good.txt", "split": "train"}, "there is no TFDS set"),
   "which feature": ({"tfds": "good_set"}, "the text fields article, title: expected one"),
   "unknown feature": (
@@ -172,10 +175,10 @@ def test_what_only_tensorflow_prepares_is_one_line(folder, tmp_path, capsys, mon
 
 def test_another_error_of_tfds_is_one_line():
   with (
-    pytest.raises(ValueError, match=r"^cannot do it: KeyError: 'two lines'$"),
+    pytest.raises(ValueError, match=r"^cannot do it: RuntimeError: two lines$"),
     tfds_sets.explained("cannot do it"),
   ):
-    raise KeyError("two\n lines")
+    raise RuntimeError("two\n lines")
 
 
 def test_a_resumed_run_keeps_its_corpus(folder, tmp_path):

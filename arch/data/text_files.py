@@ -215,7 +215,7 @@ def _decoded(data: bytes, file: Path, position: int) -> str:
   except UnicodeDecodeError as error:
     raise ValueError(
       f"expected UTF-8 text in {file}: byte {data[error.start]:#04x} at position "
-      f"{position + error.start} is none"
+      f"{position + error.start} does not belong there"
     ) from error
 
 

@@ -167,9 +167,10 @@ def train_sentencepiece(
   path = Path(cache_dir) / f"sentencepiece-{content_hash([recipe, *named])}.model"
   if not path.exists():
     model = io.BytesIO()
+    chunks = list(_chunks(texts))  # the trainer would hide an error of theirs in one of its own
     try:
       sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=_chunks(texts), model_writer=model, minloglevel=2, **settings
+        sentence_iterator=iter(chunks), model_writer=model, minloglevel=2, **settings
       )
     except RuntimeError as error:
       reason = str(error).rpartition("] ")[2]  # after the place in its source and the condition
