@@ -20,8 +20,10 @@ from ml_collections import ConfigDict, config_dict
 
 PACKAGES = ("triform", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 # What the parameters depend on: a run cannot be resumed with another value of any of these.
-_CORPUS = ("name", "path", "tfds", "mixture", "split", "text_field", "prompt_field")
-FIXED = ("model", "data.tokenizer", *(f"data.{name}" for name in _CORPUS))
+FIXED = ("model", "data.name", "data.tokenizer")
+_FIXED_BUT_ABSENT_AT_FIRST = tuple(
+  f"data.{name}" for name in ("path", "tfds", "mixture", "split", "text_field", "prompt_field")
+)
 ABSENT = "<absent>"
 
 _TUPLE = "__tuple__"
@@ -135,7 +137,7 @@ def _check_resumable(workdir: Path, saved: ConfigDict, given: ConfigDict) -> Non
   differing = [
     f"  {key}: saved {saved.get(key, ABSENT)!r}, given {given.get(key, ABSENT)!r}"
     for key in sorted(saved.keys() | given.keys())
-    if saved.get(key) != given.get(key)  # an unset field is like one an older version lacked
+    if saved.get(key, ABSENT) != given.get(key, ABSENT)
   ]
   if differing:
     raise ValueError(
@@ -146,10 +148,11 @@ def _check_resumable(workdir: Path, saved: ConfigDict, given: ConfigDict) -> Non
 
 
 def _fixed_values(config: ConfigDict) -> dict[str, Any]:
-  return {
+  names = FIXED + _FIXED_BUT_ABSENT_AT_FIRST
+  return dict.fromkeys(_FIXED_BUT_ABSENT_AT_FIRST) | {
     key: value
     for key, value in flatten(config).items()
-    if any(key == fixed or key.startswith(fixed + ".") for fixed in FIXED)
+    if any(key == fixed or key.startswith(fixed + ".") for fixed in names)
   }
 
 
