@@ -8,11 +8,13 @@ import textwrap
 
 import numpy as np
 import pytest
+from tfds_builders import prepare
 
 from triform.arch.data import processes, tokenising
 from triform.arch.data.files import ArrayWriter, prepared_folder
 from triform.arch.data.packing import Documents
 from triform.arch.data.text_files import PathSource
+from triform.arch.data.tfds_sets import TfdsSource, prepared_builder
 from triform.arch.data.tokenising import sampled_texts, tokenised
 from triform.arch.data.tokenizers import ByteTokenizer, train_sentencepiece
 
@@ -50,6 +52,15 @@ def fail_at_seven(shared, item):
   if item == 7:
     raise ValueError(f"{shared} {item}")
   return item
+
+
+def kill_self(shared, item):
+  os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_killed_worker_is_an_error():
+  with pytest.raises(ChildProcessError, match="enough memory"):
+    list(processes.ordered_map(kill_self, None, range(5), 2))
 
 
 def test_items_are_taken_as_they_are_needed():
@@ -192,6 +203,22 @@ def test_the_sample_is_bounded_and_always_the_same(source):
   assert len(sample) > 5  # from all over
   train = tokenised_texts(source)
   assert set(sampled_texts(source, 10**9, hold_out=True)) == train
+
+
+def test_the_sample_of_a_tfds_set_is_read_alone(tmp_path, monkeypatch):
+  prepare(tmp_path, "to_sample", {"train": [(f"text {i:04}",) for i in range(1000)]})
+  source = TfdsSource("to_sample", prepared_builder("to_sample", tmp_path), "train")
+  assert source.size > 0
+  read = []
+  original = type(source._records).__getitem__
+  monkeypatch.setattr(
+    type(source._records), "__getitem__", lambda self, i: read.append(i) or original(self, i)
+  )
+  sample = list(sampled_texts(source, source.size // 10, hold_out=False))
+  assert 20 < len(sample) <= len(read) <= 101
+  assert min(read) < 50 and max(read) > 900
+  sample = set(sampled_texts(source, 10**9, hold_out=False))
+  assert sample == {f"text {i:04}" for i in range(1000)}
 
 
 def tokenised_texts(source):

@@ -51,6 +51,15 @@ class Source(abc.ABC):
     Text that cannot be read is a ValueError that names the place.
     """
 
+  def sample(self, share: float, *, cut: bool = False) -> Iterator[Piece]:
+    """About that share of the pieces, from all over, and always the same ones."""
+    index = 0  # of the piece in its document
+    for piece in self.pieces(cut=cut):
+      digest = hashlib.sha256(f"{index} {piece.key}".encode()).digest()
+      if int.from_bytes(digest[:6], "big") < share * 2**48:
+        yield piece
+      index = 0 if piece.last else index + 1
+
 
 def holds_out_by_hash(source: Source) -> bool:
   """Whether documents are held out by `is_held_out`, and not the tail of each file."""

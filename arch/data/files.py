@@ -71,7 +71,7 @@ class ArrayWriter:
     self._write_header()
 
   def append(self, values: np.ndarray) -> None:  # [n]
-    values.astype(self._dtype, copy=False).tofile(self._file)
+    self._file.write(values.astype(self._dtype, copy=False).tobytes())
     self._count += len(values)
 
   def close(self) -> None:

@@ -8,6 +8,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 
@@ -40,7 +41,7 @@ def ordered_map(
 
   A few items per process are under way at a time, however many there are. Workers are spawned, so
   all that they are given must be picklable; `shared` is sent to each of them once. With one process
-  it is this one.
+  it is this one. A worker that is killed raises ChildProcessError.
   """
   if processes == 1:
     yield from (function(shared, item) for item in items)
@@ -59,6 +60,8 @@ def ordered_map(
     while pending:
       yield pending.popleft().result()
       pending.extend(pool.submit(_call, item) for item in itertools.islice(items, 1))
+  except BrokenProcessPool as error:
+    raise ChildProcessError("a worker process was killed (is there enough memory?)") from error
   finally:
     pool.shutdown(cancel_futures=True)
 

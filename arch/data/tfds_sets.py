@@ -6,7 +6,7 @@ import importlib
 import io
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -43,7 +43,7 @@ class TfdsSource(Source):
     prompt_field: str | None = None,
   ):
     self.name = name
-    self._what = f"TFDS set {builder.info.full_name}, split {split},"
+    self._what = f"TFDS set {builder.info.full_name}, split {split}"
     texts = [
       feature
       for feature, kind in builder.info.features.items()
@@ -53,7 +53,7 @@ class TfdsSource(Source):
     ]
     self._fields = choose_fields(texts, text_field, prompt_field, f"TFDS set {name}")
     self.has_prompts = self._fields[1] is not None
-    with explained(f"cannot read the {self._what[:-1]}"):
+    with explained(f"cannot read the {self._what}"):
       info = builder.info.splits[split]
       self._records = builder.as_data_source(split)
       files = [Path(file).stat() for file in info.filepaths]
@@ -62,26 +62,31 @@ class TfdsSource(Source):
     self.size = int(total.num_bytes or 0) * len(self._records) // max(total.num_examples, 1)
     identity = builder.info.full_name, split, self._fields, len(self._records)
     stamps = [(file.st_size, file.st_mtime_ns) for file in files]
-    self.key = f"tfds-{naming.parse_builder_name_kwargs(builder.info.name)[0].name}-"
-    self.key += content_hash([repr((identity, stamps))])
+    self.key = f"tfds-{builder.info.name}-{content_hash([repr((identity, stamps))])}"
 
   def keys(self) -> Iterator[str]:
-    return (record_key(prompt, text) for prompt, text in self._texts())
+    return (record_key(*record) for record in self._texts(range(len(self._records))))
 
   def pieces(self, *, cut: bool = False) -> Iterator[Piece]:
     del cut  # a record is never cut
-    for prompt, text in self._texts():
-      yield from record_pieces(prompt, text)
+    for record in self._texts(range(len(self._records))):
+      yield from record_pieces(*record)
 
-  def _texts(self) -> Iterator[tuple[str, str]]:
-    """Prompt and text of every record that is not empty."""
-    for index in range(len(self._records)):
-      with explained(f"cannot read record {index} of the {self._what[:-1]}"):
+  def sample(self, share: float, *, cut: bool = False) -> Iterator[Piece]:
+    del cut
+    count = len(self._records)
+    # Evenly spaced, so that only these are read.
+    for record in self._texts(np.linspace(0, count, int(share * count), False, dtype=int)):
+      yield from record_pieces(*record)
+
+  def _texts(self, indices: Iterable[int]) -> Iterator[tuple[str, str]]:
+    """Prompt and text of the records that are not empty."""
+    text_field, prompt_field = self._fields
+    for index in indices:
+      with explained(f"cannot read record {index} of the {self._what}"):
         record = self._records[index]
-        text, prompt = (
-          "" if field is None else bytes(np.asarray(record[field]).item()).decode("utf-8")
-          for field in self._fields
-        )
+        text = record[text_field].decode("utf-8")
+        prompt = record[prompt_field].decode("utf-8") if prompt_field else ""
       if text:
         yield prompt, text
 

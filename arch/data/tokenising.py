@@ -1,7 +1,6 @@
 """From documents to files of tokens, in bounded memory and on every processor."""
 
 import contextlib
-import hashlib
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from .processes import available_processors, ordered_map
 from .tokenizers import Tokenizer
 
 _LARGE = 64 * 2**20  # bytes of text from which on worker processes are worth their start
+_MOST_PROCESSES = 32  # more would wait for the one that reads the text
 
 # The split of the piece, whether its document ends with it, its prompt, its text.
 _Work = tuple[str, bool, str, str]
@@ -44,8 +44,9 @@ def tokenised(
   splits = ("train", "validation") if hold_out else ("all",)
 
   def prepare(folder: Path) -> None:
-    processes = available_processors() if source.size >= _LARGE else 1
+    processes = 1
     if source.size >= _LARGE:
+      processes = min(available_processors(), _MOST_PROCESSES)
       print(
         f"tokenising {source.name}, {source.size / 2**20:,.0f} MiB, in {processes} processes",
         file=sys.stderr,
@@ -120,26 +121,17 @@ def interleaved(parts: Sequence[Documents], tokenizer: Tokenizer, folder: Path) 
 def sampled_texts(source: Source, budget: int, *, hold_out: bool) -> Iterator[str]:
   """Texts to train a tokenizer on, of at most `budget` characters from all over the source.
 
-  Pieces are chosen by a hash, so the sample of a source is always the same; held-out documents are
-  left out of it.
+  The sample of a source is always the same. Held-out documents are left out of it.
   """
   held_out, cut = is_in_validation(source) if hold_out else (lambda piece: False, False)
-  share = min(1.0, budget / max(source.size, 1))
-  index = 0  # of the piece in its document
-  for piece in source.pieces(cut=cut):
-    chosen = share == 1.0 or _uniform(f"{index} {piece.key}") < share
-    index = 0 if piece.last else index + 1
-    if chosen and not held_out(piece):
-      text = (piece.prompt + piece.text)[:budget]
-      yield text
-      budget -= len(text)
-      if budget == 0:
-        return
-
-
-def _uniform(key: str) -> float:
-  """A number in [0, 1) that depends on the key alone."""
-  return int.from_bytes(hashlib.sha256(key.encode("utf-8")).digest()[:6], "big") / 2**48
+  for piece in source.sample(min(1.0, budget / max(source.size, 1)), cut=cut):
+    if held_out(piece):
+      continue
+    text = (piece.prompt + piece.text)[:budget]
+    yield text
+    budget -= len(text)
+    if not budget:
+      return
 
 
 def _work(source: Source, hold_out: bool) -> Iterator[_Work]:

@@ -21,7 +21,8 @@ from ml_collections import ConfigDict, config_dict
 PACKAGES = ("triform", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 # What the parameters depend on: a run cannot be resumed with another value of any of these.
 FIXED = ("model", "data.name", "data.tokenizer")
-_FIXED_BUT_ABSENT_AT_FIRST = tuple(
+# The same, of fields that configurations of 0.1.0 lack: there they count as unset.
+_FIXED_LATER = tuple(
   f"data.{name}" for name in ("path", "tfds", "mixture", "split", "text_field", "prompt_field")
 )
 ABSENT = "<absent>"
@@ -148,8 +149,8 @@ def _check_resumable(workdir: Path, saved: ConfigDict, given: ConfigDict) -> Non
 
 
 def _fixed_values(config: ConfigDict) -> dict[str, Any]:
-  names = FIXED + _FIXED_BUT_ABSENT_AT_FIRST
-  return dict.fromkeys(_FIXED_BUT_ABSENT_AT_FIRST) | {
+  names = FIXED + _FIXED_LATER
+  return dict.fromkeys(_FIXED_LATER) | {
     key: value
     for key, value in flatten(config).items()
     if any(key == fixed or key.startswith(fixed + ".") for fixed in names)
