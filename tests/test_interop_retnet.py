@@ -81,7 +81,6 @@ def test_torchscale(torchscale, form, scan_layers):
     losses = optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], ids[:, 1:])
     return losses.mean(), (logits, state)
 
-
   (_, (logits, state)), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(weights)
   assert error(logits, arrays["logits_recurrent"]) < 1e-5
 

@@ -119,7 +119,7 @@ def to_torchscale(model: RetNet) -> tuple[dict[str, Any], dict[str, np.ndarray]]
   params = {name: np.asarray(tensor) for name, tensor in revert(model, _table(options)).items()}
   if options["tie_embeddings"]:
     params[HEAD] = params[EMBEDDING]  # torchscale keeps the shared matrix under both names
-  angles = rotary_steps(model) * (2 * np.pi / kernels.TURN)
+  angles = rotary_steps(model) / 2**32 * 2 * np.pi
   params[ANGLE] = np.repeat(angles, 2).astype(np.float32)
   params[DECAY] = log_decay(model).astype(np.float32)
   return config, params
