@@ -57,7 +57,7 @@ class InitialParameters(NamedTuple):
   """Where a training run starts that does not start from random parameters."""
 
   leaves: dict[str, np.ndarray]  # by name as in `arch.layout`, under `params/` and `variables/`
-  tokenizer: "Tokenizer | None"  # whose ids they know; None if the source has none that we read
+  tokenizer: "Tokenizer | None"  # whose ids they know; None if it did not come with them
 
 
 def initial_parameters(
@@ -67,8 +67,9 @@ def initial_parameters(
 
   Args:
     path: a work directory (its newest checkpoint, or that of `step`), an exported folder, the
-      folder of a Hugging Face model of flash-linear-attention, or a torchscale state dict: a
-      folder with torchscale's options in `config.json` beside `model.safetensors` or `model.npz`.
+      folder of a Hugging Face model of flash-linear-attention (with `tokenizer.model`, if it
+      has one), or a torchscale state dict: a folder with torchscale's options in `config.json`
+      beside `model.safetensors` or `model.npz`.
     model: the `model` section of the run's configuration. Options that say how a model is
       computed or trained are free; in all others it must be the function that was trained.
     step: of a work directory.

@@ -1,6 +1,8 @@
 """Published checkpoints on disk, as runs may start from them."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -8,6 +10,7 @@ from ..folder import Saved
 from ..tensors import FILE, INDEX, open_tensors
 from . import fla, torchscale
 from .huggingface import CONFIG, read_config, read_folder
+from .tokenizer import read_tokenizer
 
 ARRAYS = "model.npz"
 
@@ -23,15 +26,14 @@ def open_published(folder: Path) -> Saved | None:
   config = read_config(folder)
   if "model_type" in config:
     model, leaves = fla.read(*read_folder(folder))
-  elif any(name.startswith("decoder_") for name in config):
+    return Saved({"model": model}, None, leaves, read_tokenizer(folder, model["vocab_size"]))
+  if any(name.startswith("decoder_") for name in config):
     model, leaves = torchscale.read(config, _state_dict(folder))
-    leaves = torchscale.without_buffers(model, leaves)
-  else:
-    return None
-  return Saved({"model": model}, None, leaves, None)
+    return Saved({"model": model}, None, torchscale.without_buffers(model, leaves), None)
+  return None
 
 
-def _state_dict(folder: Path):
+def _state_dict(folder: Path) -> Mapping[str, Any]:
   if (folder / FILE).exists() or (folder / INDEX).exists():
     return open_tensors(folder)
   path = folder / ARRAYS
