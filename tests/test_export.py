@@ -13,6 +13,7 @@ import pytest
 from flax import nnx
 from ml_collections import ConfigDict
 from tiny_run import tiny_config, use_corpus, write_corpus
+from toy import ToyBlock
 
 from triform.arch import build, folder, load, tensors
 from triform.arch.data import python_stdlib
@@ -21,6 +22,9 @@ from triform.arch.export import export
 from triform.arch.folder import read_folder, write_folder
 from triform.arch.layout import split_model, to_stacked
 from triform.arch.loading import initial_parameters, load_config
+from triform.arch.models import ARCHITECTURES
+from triform.arch.models.language_model import LanguageModel
+from triform.arch.training import workdir as workdirs
 from triform.arch.training.checkpoints import Checkpoints
 from triform.arch.training.loop import train
 
@@ -37,6 +41,9 @@ MODEL = {
   "scan_layers": True,
 }
 IDS = np.arange(1, 13)[None]
+QUERY = "params/stack/layers/mixer/query/kernel"
+SCALE = "params/norm/scale"
+MEAN = "variables/stack/layers/norm/mean"
 
 
 def leaves_of(model):
@@ -134,6 +141,61 @@ def test_parameters_are_exact(tmp_path, param_dtype, scan_layers):
 def build_unrolled(model, param_dtype):
   options = {**MODEL, "param_dtype": param_dtype, "decay": "learned", "scan_layers": False}
   return build(options, rngs=nnx.Rngs(0))
+
+
+@pytest.fixture
+def toy(monkeypatch):
+  """The configuration of a model with batch statistics, which are not parameters."""
+
+  class Toy(LanguageModel):
+    def __init__(self, *, d_model=8, num_layers=2, scan_layers=None, param_dtype="float32", rngs):
+      dtypes = {"dtype": jnp.float32, "param_dtype": param_dtype}
+      super().__init__(
+        lambda rngs: ToyBlock(d_model, **dtypes, rngs=rngs),
+        vocab_size=257,
+        d_model=d_model,
+        num_layers=num_layers,
+        norm=nnx.RMSNorm(d_model, rngs=rngs),
+        embedding_init=nnx.initializers.normal(1.0),
+        scan_layers=scan_layers,
+        **dtypes,
+        rngs=rngs,
+      )
+
+  monkeypatch.setitem(ARCHITECTURES, "toy", Toy)
+  return {"architecture": "toy"}
+
+
+def write_workdir(path, config, leaves):
+  workdirs.prepare(path, config)
+  ByteTokenizer().save(path / "tokenizer")
+  with Checkpoints(path / "checkpoints", every_steps=1, keep=1) as checkpoints:
+    checkpoints.save(1, leaves)
+
+
+@pytest.mark.parametrize("param_dtype", ["float32", "bfloat16"])
+def test_statistics_travel_with_the_parameters(tmp_path, toy, param_dtype):
+  options = {**toy, "param_dtype": param_dtype, "scan_layers": True}
+  model = build(options, rngs=nnx.Rngs(0))
+  model(IDS, rngs=nnx.Rngs(1))  # training: the statistics are those of these tokens now
+  leaves = leaves_of(model)
+  assert float(jnp.abs(leaves[MEAN]).max()) > 0
+  write_workdir(tmp_path / "run", ConfigDict({"model": options}), leaves)
+  export(tmp_path / "run", tmp_path / "folder")
+  for path in (tmp_path / "run", tmp_path / "folder"):
+    same(load(path)[0], model)
+    initial, _ = initial_parameters(path, options)
+    np.testing.assert_array_equal(initial[MEAN], leaves[MEAN])
+    assert initial[QUERY].dtype == param_dtype
+
+
+def test_a_run_without_the_statistics_is_refused(tmp_path, toy):
+  leaves = leaves_of(build({**toy, "scan_layers": True}, rngs=nnx.Rngs(0)))
+  leaves.pop(MEAN)
+  write_workdir(tmp_path / "run", ConfigDict({"model": toy}), leaves)
+  for read in (lambda p: load(p), lambda p: initial_parameters(p, toy)):
+    with pytest.raises(ValueError, match=rf"{MEAN}: nothing, expected .*\[2, 8\]"):
+      read(tmp_path / "run")
 
 
 def test_tokenizers_travel(tmp_path):
@@ -266,10 +328,6 @@ def flip(path, offset):
   data = bytearray(path.read_bytes())
   data[offset] ^= 1
   path.write_bytes(data)
-
-
-QUERY = "params/stack/layers/mixer/query/kernel"
-SCALE = "params/norm/scale"
 
 
 def rewrite(path, change):
