@@ -1,4 +1,4 @@
-"""Exported folders: what is written, read back, and refused."""
+"""From runs to exported folders, and where these may be written."""
 
 import json
 import os
@@ -10,84 +10,33 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from exported import IDS, MEAN, QUERY, finished_run, leaves_of, random_folder, same
 from flax import nnx
 from ml_collections import ConfigDict
-from tiny_run import tiny_config, use_corpus, write_corpus
 from toy import ToyBlock
 
-from triform.arch import build, folder, load, tensors
-from triform.arch.data import python_stdlib
-from triform.arch.data.tokenizers import ByteTokenizer, train_sentencepiece
+from triform.arch import build, folder, load
+from triform.arch.data.tokenizers import ByteTokenizer
 from triform.arch.export import export
-from triform.arch.folder import read_folder, write_folder
-from triform.arch.layout import split_model, to_stacked
+from triform.arch.folder import read_folder
 from triform.arch.loading import initial_parameters, load_config
 from triform.arch.models import ARCHITECTURES
 from triform.arch.models.language_model import LanguageModel
 from triform.arch.training import workdir as workdirs
 from triform.arch.training.checkpoints import Checkpoints
-from triform.arch.training.loop import train
 
 ROOT = Path(__file__).parents[1]
-DATA = ROOT / "tests" / "data"
-MODEL = {
-  "architecture": "retnet",
-  "vocab_size": 257,
-  "d_model": 8,
-  "num_layers": 2,
-  "num_heads": 2,
-  "value_dim": 16,
-  "ffn_dim": 8,
-  "scan_layers": True,
-}
-IDS = np.arange(1, 13)[None]
-QUERY = "params/stack/layers/mixer/query/kernel"
-SCALE = "params/norm/scale"
-MEAN = "variables/stack/layers/norm/mean"
-
-
-def leaves_of(model):
-  _, params, variables = split_model(model)
-  return to_stacked({"params": params, "variables": variables})
-
-
-def write(path, **model):
-  """An exported folder of a random model, and the model."""
-  options = {**MODEL, **model}
-  model = build(options, rngs=nnx.Rngs(0))
-  params = {"params": split_model(model)[1]}
-  config = ConfigDict({"model": options, "seq_len": 16})
-  write_folder(path, config=config, tensors=to_stacked(params), tokenizer=ByteTokenizer(), step=7)
-  return model
-
-
-def same(a, b):
-  a, b = leaves_of(a), leaves_of(b)
-  assert a.keys() == b.keys()
-  for name in a:
-    assert a[name].dtype == b[name].dtype, name
-    np.testing.assert_array_equal(np.asarray(a[name]), np.asarray(b[name]), err_msg=name)
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-  """A finished run, as a user has it: a folder `runs/tiny` beside the corpus."""
-  here = tmp_path_factory.mktemp("run")
-  write_corpus(here / "stdlib")
-  before = python_stdlib.stdlib_root
-  use_corpus(here / "stdlib")
-  train(tiny_config(here), here / "runs" / "tiny")
-  python_stdlib.stdlib_root = before
-  return here / "runs" / "tiny"
+  return finished_run(tmp_path_factory.mktemp("run"))
 
 
 @pytest.fixture(scope="module")
 def exported(run):
   export(run, run.parent / "exported")
   return run.parent / "exported"
-
-
-# What is written and read
 
 
 def test_an_exported_run_is_the_run(run, exported):
@@ -126,21 +75,6 @@ def test_the_average_is_taken_where_a_run_kept_one(run, tmp_path):
     got = leaves_of(load(path)[0])
     for name, leaf in params.items():
       np.testing.assert_array_equal(got[name], np.asarray(leaf) + 1)
-
-
-@pytest.mark.parametrize("scan_layers", [False, True])
-@pytest.mark.parametrize("param_dtype", ["float32", "bfloat16"])
-def test_parameters_are_exact(tmp_path, param_dtype, scan_layers):
-  model = write(tmp_path / "m", param_dtype=param_dtype, scan_layers=scan_layers, decay="learned")
-  loaded, _ = load(tmp_path / "m")
-  assert loaded.embedding.embedding[...].dtype == param_dtype
-  same(loaded, model)
-  np.testing.assert_array_equal(loaded(IDS)[0], build_unrolled(model, param_dtype)(IDS)[0])
-
-
-def build_unrolled(model, param_dtype):
-  options = {**MODEL, "param_dtype": param_dtype, "decay": "learned", "scan_layers": False}
-  return build(options, rngs=nnx.Rngs(0))
 
 
 @pytest.fixture
@@ -198,69 +132,6 @@ def test_a_run_without_the_statistics_is_refused(tmp_path, toy):
       read(tmp_path / "run")
 
 
-def test_tokenizers_travel(tmp_path):
-  text = "".join(f"value{i % 37} = {i * i}\n" for i in range(400))
-  tokenizer = train_sentencepiece([text], 300, tmp_path / "cache")
-  config = ConfigDict({"model": {**MODEL, "vocab_size": 300}})
-  params = {"params": split_model(build(config.model, rngs=nnx.Rngs(0)))[1]}
-  write_folder(
-    tmp_path / "m", config=config, tensors=to_stacked(params), tokenizer=tokenizer, step=0
-  )
-  _, loaded = load(tmp_path / "m")
-  np.testing.assert_array_equal(loaded.encode(text), tokenizer.encode(text))
-
-
-def test_large_models_are_in_several_files(tmp_path, monkeypatch):
-  monkeypatch.setattr(tensors, "SHARD_BYTES", 3000)
-  model = write(tmp_path / "m")
-  files = sorted(path.name for path in (tmp_path / "m").glob("*.safetensors"))
-  assert len(files) > 2 and files[0] == f"model-00001-of-{len(files):05}.safetensors"
-  same(load(tmp_path / "m")[0], model)
-  (tmp_path / "m" / files[1]).unlink()
-  with pytest.raises(ValueError, match=rf"{files[1]} is missing"):
-    load(tmp_path / "m")
-
-
-def test_a_config_given_replaces_the_folders(tmp_path):
-  write(tmp_path / "m")
-  config = load_config(tmp_path / "m")
-  config.model.dtype = config.model.param_dtype = "bfloat16"
-  model, _ = load(tmp_path / "m", config=config)
-  assert model.embedding.embedding[...].dtype == jnp.bfloat16
-  config.model.ffn_dim = 24
-  with pytest.raises(ValueError) as caught:
-    load(tmp_path / "m", config=config)
-  assert "feed_forward/gate/kernel: [2, 8, 8], expected [2, 8, 24]" in str(caught.value)
-  assert "mixer" not in str(caught.value)
-
-
-def test_an_option_that_an_older_folder_lacks_has_its_default(tmp_path):
-  model = write(tmp_path / "m", eps=1e-6)
-  edit(tmp_path / "m", lambda d: d["config"]["model"].pop("eps"))
-  loaded, _ = load(tmp_path / "m")
-  same(loaded, model)
-  assert loaded.stack.layers[0].mixer.eps == 1e-6
-
-
-def test_loading_a_folder_needs_no_trainer(tmp_path):
-  write(tmp_path / "m")
-  program = """
-import sys
-from triform.arch import load
-load(sys.argv[1])
-print(*sys.modules)
-"""
-  done = subprocess.run(
-    [sys.executable, "-c", program, str(tmp_path / "m")], capture_output=True, text=True
-  )
-  assert done.returncode == 0, done.stderr
-  loaded = {name.partition(".")[0] for name in done.stdout.split()}
-  assert not loaded & {"orbax", "grain", "tensorflow_datasets", "tensorboardX", "torch"}
-
-
-# Where it is written
-
-
 def test_what_is_not_an_exported_folder_is_not_replaced(run, tmp_path):
   (tmp_path / "notes.txt").write_text("mine")
   with pytest.raises(ValueError, match=f"{tmp_path} exists and is not an exported folder"):
@@ -273,18 +144,18 @@ def test_what_is_not_an_exported_folder_is_not_replaced(run, tmp_path):
 
 
 def test_an_exported_folder_is_replaced_whole(tmp_path):
-  write(tmp_path / "m")
+  random_folder(tmp_path / "m")
   (tmp_path / "m" / "left_over.txt").write_text("old")
-  model = write(tmp_path / "m", ffn_dim=24)
+  model = random_folder(tmp_path / "m", ffn_dim=24)
   assert not (tmp_path / "m" / "left_over.txt").exists()
   same(load(tmp_path / "m")[0], model)
   (tmp_path / "empty").mkdir()
-  write(tmp_path / "empty")
+  random_folder(tmp_path / "empty")
   assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "m"]
 
 
 def test_a_failed_export_leaves_nothing(tmp_path, monkeypatch):
-  old = write(tmp_path / "m")
+  old = random_folder(tmp_path / "m")
 
   def fail(path):
     raise OSError("disk full")
@@ -292,7 +163,7 @@ def test_a_failed_export_leaves_nothing(tmp_path, monkeypatch):
   monkeypatch.setattr(folder, "_sync", fail)
   for name in ("m", "new"):
     with pytest.raises(OSError, match="disk full"):
-      write(tmp_path / name, ffn_dim=24)
+      random_folder(tmp_path / name, ffn_dim=24)
   assert [path.name for path in tmp_path.iterdir()] == ["m"]
   same(load(tmp_path / "m")[0], old)
 
@@ -301,10 +172,10 @@ def test_a_killed_export_leaves_no_half_folder(tmp_path):
   program = f"""
 import os, signal, sys
 sys.path.insert(0, {str(ROOT / "tests")!r})
-import test_export
+import exported
 from triform.arch import folder
 folder._put_in_place = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
-test_export.write(sys.argv[1])
+exported.random_folder(sys.argv[1])
 """
   arguments = [sys.executable, "-c", program, str(tmp_path / "m")]
   done = subprocess.run(arguments, capture_output=True, text=True)
@@ -312,120 +183,6 @@ test_export.write(sys.argv[1])
   assert not (tmp_path / "m").exists()
   with pytest.raises(ValueError, match=r"m/config.json not found"):
     load(tmp_path / "m")
-
-
-# What is refused
-
-
-def edit(path, change):
-  config = path / "config.json"
-  description = json.loads(config.read_text())
-  change(description)
-  config.write_text(json.dumps(description))
-
-
-def flip(path, offset):
-  data = bytearray(path.read_bytes())
-  data[offset] ^= 1
-  path.write_bytes(data)
-
-
-def rewrite(path, change):
-  """Changes the tensors of a folder and the size of their file, not their description."""
-  from safetensors.numpy import load_file, save_file
-
-  file = path / "model.safetensors"
-  arrays = load_file(file)
-  change(arrays)
-  save_file(arrays, file)
-  edit(path, lambda d: d["files"]["model.safetensors"].update(size=file.stat().st_size))
-
-
-@pytest.mark.parametrize(
-  ("damage", "message"),
-  [
-    (lambda p: (p / "config.json").unlink(), "config.json not found"),
-    (lambda p: (p / "config.json").write_text("{"), "config.json cannot be read: "),
-    (lambda p: (p / "config.json").write_text("[]"), "config.json has no model"),
-    (lambda p: (p / "config.json").write_text("{}"), "config.json has no model"),
-    (lambda p: edit(p, lambda d: d.pop("tensors")), "config.json: tensors is None, expected dict"),
-    (lambda p: edit(p, lambda d: d.pop("version")), "config.json: version is None, expected int"),
-    (
-      lambda p: edit(p, lambda d: d.update(version=2, triform="9.9")),
-      "has folder version 2, written by triform 9.9; this triform reads versions up to 1",
-    ),
-    (
-      lambda p: edit(p, lambda d: d["config"]["model"].update(architecture="retnet9")),
-      "architecture is 'retnet9', expected one of retnet",
-    ),
-    (
-      lambda p: edit(p, lambda d: d["config"]["model"].update(extra=1)),
-      "model option 'extra' is unknown to retnet",
-    ),
-    (
-      lambda p: edit(p, lambda d: d["config"].pop("model")),
-      "config.json: config has no model",
-    ),
-    (
-      lambda p: edit(p, lambda d: d["config"]["model"].update(ffn_dim=24)),
-      r"feed_forward/gate/kernel: float32\[2, 8, 8\], expected float32\[2, 8, 24\]",
-    ),
-    (
-      lambda p: edit(p, lambda d: d["config"]["model"].update(param_dtype="bfloat16")),
-      rf"{SCALE}: float32\[8\], expected bfloat16\[8\]",
-    ),
-    (
-      lambda p: edit(p, lambda d: d["config"]["model"].update(tie_embeddings=True)),
-      r"params/head/kernel: float32\[8, 257\], expected nothing",
-    ),
-    (lambda p: (p / "model.safetensors").unlink(), "model.safetensors is missing"),
-    (
-      lambda p: (p / "model.safetensors").write_bytes(
-        (p / "model.safetensors").read_bytes()[:-100]
-      ),
-      r"model.safetensors has \d+ bytes, expected \d+",
-    ),
-    (lambda p: flip(p / "model.safetensors", 20), "model.safetensors cannot be read|tensor"),
-    (lambda p: flip(p / "model.safetensors", 3), "model.safetensors cannot be read"),
-    (lambda p: flip(p / "model.safetensors", -1), r"tensor params/\S+ is damaged: its sha256 is"),
-    (
-      lambda p: rewrite(p, lambda a: a.update({SCALE: a[SCALE] + 1})),
-      rf"tensor {SCALE} is damaged: its sha256 is \w+, expected \w+",
-    ),
-    (lambda p: rewrite(p, lambda a: a.pop(SCALE)), rf"tensor {SCALE} is in config.json alone"),
-    (lambda p: rewrite(p, lambda a: a.update(x=a[SCALE])), "tensor x is in its files alone"),
-    (
-      lambda p: rewrite(p, lambda a: a.update({QUERY: a[QUERY][:, :4]})),
-      rf"tensor {QUERY} is float32\[2, 4, 8\], expected float32\[2, 8, 8\]",
-    ),
-    (
-      lambda p: rewrite(p, lambda a: a.update({SCALE: a[SCALE].astype(np.float16)})),
-      rf"tensor {SCALE} is float16\[8\], expected float32\[8\]",
-    ),
-    (lambda p: edit(p, lambda d: d["tensors"].update({SCALE: 3})), rf"{SCALE} is described by 3"),
-    (lambda p: edit(p, lambda d: d["files"].update({"../x": 3})), "names '../x' with 3"),
-    (lambda p: (p / "tokenizer" / "tokenizer.json").unlink(), "tokenizer.json is missing"),
-    (
-      lambda p: flip(p / "tokenizer" / "tokenizer.json", 3),
-      "tokenizer.json is damaged: its sha256",
-    ),
-  ],
-)
-def test_damage_is_one_clear_error(tmp_path, damage, message):
-  write(tmp_path / "m")
-  damage(tmp_path / "m")
-  with pytest.raises(ValueError, match=message):
-    load(tmp_path / "m")
-
-
-def test_a_digest_that_is_off_names_its_tensor(tmp_path):
-  write(tmp_path / "m")
-  edit(tmp_path / "m", lambda d: d["tensors"][QUERY].update(sha256="0" * 64))
-  with pytest.raises(ValueError, match=rf"m: tensor {QUERY} is damaged: .*expected 0000"):
-    load(tmp_path / "m")
-
-
-# Programs
 
 
 def program(*arguments, cwd):
@@ -462,65 +219,3 @@ def test_export_and_eval_programs(run):
     done = program(*arguments, cwd=here)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert done.stderr.count("\n") == 1 and message in done.stderr
-
-
-# Where a run starts from
-
-
-def test_initial_parameters_of_runs_and_folders(run, exported):
-  config = load_config(run).model
-  expected = leaves_of(build(config, rngs=nnx.Rngs(1)))
-  trained = leaves_of(load(run)[0])
-  for path in (run, exported):
-    leaves, tokenizer = initial_parameters(path, config)
-    assert tokenizer.fingerprint == "bytes"
-    params = {name for name in expected if name.startswith("params/")}
-    assert leaves.keys() == params
-    for name in params:
-      assert isinstance(leaves[name], np.ndarray)
-      np.testing.assert_array_equal(leaves[name], trained[name])
-  first, _ = initial_parameters(run, config, step=4)
-  assert not np.array_equal(first[SCALE], leaves[SCALE])
-
-
-def test_initial_parameters_take_the_dtype_of_the_new_run(tmp_path):
-  write(tmp_path / "m")
-  new = {**MODEL, "param_dtype": "bfloat16", "dropout": 0.5, "scan_layers": False, "key_dim": 8}
-  leaves, _ = initial_parameters(tmp_path / "m", new)
-  assert {leaf.dtype.name for leaf in leaves.values()} == {"bfloat16"}
-
-
-def test_initial_parameters_of_another_model_are_refused(tmp_path):
-  write(tmp_path / "m")
-  with pytest.raises(ValueError) as caught:
-    initial_parameters(tmp_path / "m", {**MODEL, "activation": "gelu", "ffn_dim": 24})
-  assert str(caught.value).splitlines() == [
-    f"{tmp_path}/m is of another model; it has",
-    "  model.activation: 'silu', given 'gelu'",
-    "  model.ffn_dim: 8, given 24",
-  ]
-  with pytest.raises(ValueError, match=r"num_kv_heads: None, given 1"):
-    initial_parameters(tmp_path / "m", {**MODEL, "num_kv_heads": 1})
-  with pytest.raises(ValueError, match=r"nowhere/config.json not found"):
-    initial_parameters(tmp_path / "nowhere", MODEL)
-
-
-# What an earlier version wrote
-
-
-def test_a_folder_of_version_1_gives_its_logits(tmp_path):
-  """`data/folder_v1` was written by triform 0.1.0; `make_folder_v1` tells how. Never rewrite it."""
-  model, tokenizer = load(DATA / "folder_v1")
-  expected = np.load(DATA / "folder_v1.npz")
-  np.testing.assert_array_equal(tokenizer.encode("retention"), expected["ids"][0])
-  logits, _ = model(expected["ids"])
-  np.testing.assert_allclose(logits, expected["logits"], rtol=1e-5, atol=1e-5)
-
-
-def make_folder_v1(path):
-  model = write(
-    path, d_model=4, num_layers=2, num_heads=2, value_dim=4, ffn_dim=4, tie_embeddings=True,
-    decay_schedule="linspace", dropout=0.1,
-  )  # fmt: skip
-  ids = ByteTokenizer().encode("retention")[None]
-  np.savez(f"{path}.npz", ids=ids, logits=np.asarray(model(ids)[0]))
