@@ -126,6 +126,10 @@ def test_what_would_be_unpickled_is_refused(tmp_path):
   np.savez(tmp_path / "model.npz", a=np.array([{}], dtype=object))
   with pytest.raises(ValueError, match=r"model.npz cannot be read: Object arrays cannot be loaded"):
     initial_parameters(tmp_path, FLA_MODEL)
+  archive = (tmp_path / "model.npz").read_bytes()
+  (tmp_path / "model.npz").write_bytes(archive[:-50])
+  with pytest.raises(ValueError, match=r"model.npz cannot be read: "):
+    initial_parameters(tmp_path, FLA_MODEL)
   (tmp_path / "model.npz").unlink()
   with pytest.raises(ValueError, match=r"model.npz cannot be read: .*No such file"):
     initial_parameters(tmp_path, FLA_MODEL)

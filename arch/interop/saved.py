@@ -1,5 +1,6 @@
 """Published checkpoints on disk, as runs may start from them."""
 
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -40,5 +41,5 @@ def _state_dict(folder: Path) -> Mapping[str, Any]:
   try:
     with np.load(path, allow_pickle=False) as arrays:
       return dict(arrays)
-  except (OSError, ValueError) as error:
+  except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
     raise ValueError(f"{path} cannot be read: {error}") from error
