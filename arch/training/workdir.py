@@ -81,8 +81,11 @@ def load_config(workdir: str | os.PathLike) -> ConfigDict:
   """
   path = Path(workdir) / "config.json"
   if not path.exists():
-    raise ValueError(f"{path} not found: expected the work directory of a run")
-  return _decode(json.loads(path.read_text()))
+    raise ValueError(f"{path} not found: expected the work directory of a run, or its export")
+  try:
+    return decode_config(json.loads(path.read_text()))
+  except ValueError as error:
+    raise ValueError(f"{path} cannot be read: {error}") from error
 
 
 def versions() -> dict[str, Any]:
@@ -169,15 +172,16 @@ def flatten(config: ConfigDict, prefix: str = "") -> dict[str, Any]:
 
 
 def _to_json(config: ConfigDict) -> str:
-  return json.dumps(_encode_section(config, ""), indent=2) + "\n"
+  return json.dumps(encode_config(config), indent=2) + "\n"
 
 
-def _encode_section(config: ConfigDict, prefix: str) -> dict[str, Any]:
+def encode_config(config: ConfigDict, prefix: str = "") -> dict[str, Any]:
+  """A configuration as JSON knows it; `prefix` is what fields are called in errors."""
   encoded = {}
   for key, value in config.items():
     kind = config.get_type(key)
     if isinstance(value, ConfigDict):
-      encoded[key] = _encode_section(value, f"{prefix}{key}.")
+      encoded[key] = encode_config(value, f"{prefix}{key}.")
     elif value is None and kind.__name__ in _PLACEHOLDER_TYPES:
       encoded[key] = {_PLACEHOLDER: kind.__name__}
     else:
@@ -198,16 +202,17 @@ def _encode_value(value: Any, name: str) -> Any:
   )
 
 
-def _decode(value: Any) -> Any:
+def decode_config(value: Any) -> Any:
+  """The inverse of `encode_config`."""
   if isinstance(value, list):
-    return [_decode(v) for v in value]
+    return [decode_config(v) for v in value]
   if not isinstance(value, dict):
     return value
   if _TUPLE in value:
-    return tuple(_decode(v) for v in value[_TUPLE])
+    return tuple(decode_config(v) for v in value[_TUPLE])
   if _PLACEHOLDER in value:
     return config_dict.placeholder(_PLACEHOLDER_TYPES[value[_PLACEHOLDER]])
-  return ConfigDict({k: _decode(v) for k, v in value.items()})
+  return ConfigDict({k: decode_config(v) for k, v in value.items()})
 
 
 def _git_state(source: Path) -> dict[str, Any] | None:
