@@ -15,7 +15,7 @@ from .retnet import RetNet
 
 ARCHITECTURES = {"retnet": RetNet}
 # How a model is computed and trained; any other option says which function it is.
-FREE_OPTIONS = frozenset({"chunk_size", "dropout", "dtype", "param_dtype", "scan_layers"})
+FREE_OPTIONS = frozenset({"chunk_size", "dropout", "dtype", "param_dtype", "remat", "scan_layers"})
 
 
 def build(config: Mapping[str, Any], *, rngs: nnx.Rngs) -> SequenceModule:

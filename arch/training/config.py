@@ -24,6 +24,7 @@ def default_config(**model) -> ConfigDict:
         "tokenizer": "sentencepiece",  # or "bytes"
         "dir": placeholder(str),  # prepared data; default $TRIFORM_DATA or ~/.cache/triform
       },
+      "init_from": placeholder(str),  # start from a run, an exported folder or published weights
       "seed": 0,  # of parameters, data order and dropout
       "seq_len": 512,  # tokens in a training window
       "batch_size": 8,  # windows in a step, over all devices

@@ -2,35 +2,39 @@
 
 import contextlib
 import json
+import math
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from flax import nnx
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from .. import flops
-from ..data.packing import train_batches
 from ..data.text import load_text
 from ..data.tokenizers import load_tokenizer
 from ..evaluation import bits_per_byte, evaluate
 from ..interface import FORMS
-from ..layout import from_stacked, split_model, to_stacked
-from ..models import build
+from ..layout import to_stacked
+from ..loading import initial_parameters
+from ..sharding import make_mesh
 from . import workdir as workdirs
+from .best import Best
 from .checkpoints import Checkpoints
 from .metrics import MetricWriter
-from .optimizer import optimizer, schedule
-from .step import TrainState, make_train_step
+from .optimizer import schedule
+from .profile import Profiler
+from .program import make_program
 
 _POSITIVE = (
   "seq_len",
   "batch_size",
+  "accumulate",
   "total_steps",
   "log_every_steps",
   "eval.every_steps",
@@ -69,95 +73,123 @@ def train(config: ConfigDict, workdir: str | os.PathLike, *, profile: bool = Fal
   if config.compilation_cache:
     enable_compilation_cache()
   mesh = make_mesh(config.mesh)
-  workdirs.prepare(workdir, config)
-  # A resumed run keeps its tokenizer, even where the corpus has changed with the Python version.
+  workdirs.check(workdir, config)
+  # A resumed run keeps its tokenizer, even where the corpus has changed with the Python version;
+  # one that starts from another's parameters keeps the ids they know.
   tokenizer_folder = workdir / "tokenizer"
-  tokenizer = load_tokenizer(tokenizer_folder) if tokenizer_folder.exists() else None
+  resumes = (workdir / "checkpoints").exists()
+  initial = None
+  if resumes:
+    tokenizer = load_tokenizer(tokenizer_folder)
+  elif config.init_from is None:
+    tokenizer = None
+  else:
+    initial = initial_parameters(config.init_from, config.model)
+    tokenizer = initial.tokenizer
   data = load_text(config.data, config.model.vocab_size, tokenizer)
-  data.tokenizer.save(tokenizer_folder)
-  special = {"bos_id": data.tokenizer.bos_id, "eos_id": data.tokenizer.eos_id}
-  batches = train_batches(
-    data.train, **special, seq_len=config.seq_len, batch_size=config.batch_size, seed=config.seed
+  batches = data.batches(
+    seq_len=config.seq_len,
+    batch_size=config.batch_size,
+    seed=config.seed,
+    host=jax.process_index(),
+    num_hosts=jax.process_count(),
+    workers=config.data.workers,
   )
-  total_steps = count_steps(config, steps_per_epoch=1)
-
+  total_steps = count_steps(config, batches.steps)
   program = make_program(config, mesh, total_steps)
+  # Only now: a run that was mistyped must not keep the work directory for itself.
+  workdirs.prepare(workdir, config)
+  data.tokenizer.save(tokenizer_folder)
   workdirs.write_parameter_table(workdir, program.abstract.params)
   meter = _Meter(config, workdir, total_steps, mesh, data.tokenizer.token_bytes)
 
   with (
-    Checkpoints(
-      workdir / "checkpoints", every_steps=config.checkpoint.every_steps, keep=config.checkpoint.keep
-    ) as checkpoints,
-    _Best(workdir / "best", config.checkpoint.best) as best,
+    Checkpoints(workdir / "checkpoints", every_steps=1, keep=config.checkpoint.keep) as checkpoints,
+    Best(workdir / "best", enabled=config.checkpoint.best) as best,
     stop_signals() as stopped,
   ):
     restored = checkpoints.restore_latest(program.stacked)
     if restored is None:
-      start, state = 0, program.init()
+      start, state = 0, program.init(None if initial is None else initial.leaves)
     else:
       start, leaves = restored
       state = program.from_stacked(leaves)
       print(f"resuming {workdir} from step {start}", flush=True)
-
-    def validate(step: int):
-      options = {k: v for k, v in config.eval.items() if k != "every_steps"}
-      result = evaluate(program.model(state), data.validation, data.tokenizer, **options)
-      names = ("loss", "perplexity", "bits_per_byte")
-      writer.write(step, {f"eval_{name}": result[name] for name in names})
-      best.offer(step, result["loss"], state)
-
-    def read(last):
-      if last is not None:
-        meter.read(writer, *last)
+    if start >= total_steps:
+      raise ValueError(
+        f"{workdir} is trained to step {start} of {total_steps}: give another --workdir, or more "
+        "steps to go on"
+      )
 
     with (
       MetricWriter(workdir, total_steps=total_steps, start_step=start) as writer,
-      _Profiler(workdir / "profile", start, enabled=profile) as profiler,
+      Profiler(workdir / "profile", start, enabled=profile) as profiler,
+      contextlib.closing(batches.iterate(start)) as upcoming,
     ):
+
+      def validate(step: int):
+        options = {k: v for k, v in config.eval.items() if k != "every_steps"}
+        result = evaluate(program.model(state), data.validation, data.tokenizer, **options)
+        names = ("loss", "perplexity", "bits_per_byte")
+        writer.write(step, {f"eval_{name}": result[name] for name in names})
+        best.offer(step, result["loss"], state)
+
+      batch = next(upcoming)
+      placed = program.put(batch)
       last = None  # of the step before, read while the device works on this one
       step = start
       while step < total_steps and not stopped:
-        batch = batches[step]
-        state, metrics = program.step(state, program.put(batch), np.int32(step))
+        state, metrics = program.step(state, placed, np.int32(step))
         step += 1
-        read(last)
-        last = (step, batch, metrics)
-        evaluates = step % config.eval.every_steps == 0 or step == total_steps
-        keeps = step % config.checkpoint.every_steps == 0
-        if evaluates or keeps:
-          read(last)
-          last = None
-        with meter.paused():
-          if evaluates:
-            validate(step)
-          if keeps:
-            checkpoints.save(step, to_stacked(state))
+        if last is not None:
+          meter.read(writer, *last)
+        last = step, batch, metrics
+        batch = next(upcoming)
+        placed = program.put(batch)
         profiler.advance(step, metrics)
-      read(last)
-      checkpoints.save(step, to_stacked(state), force=True)
+        evaluates = step % config.eval.every_steps == 0 or step == total_steps
+        keeps = step % config.checkpoint.every_steps == 0 or step == total_steps
+        if evaluates or keeps:
+          meter.read(writer, *last)  # a state is kept only if its step was finite
+          last = None
+          with meter.paused():
+            if keeps:
+              checkpoints.save(step, to_stacked(state))
+            if evaluates:
+              validate(step)
+      if last is not None:
+        meter.read(writer, *last)
+      checkpoints.save(step, to_stacked(state))
   return step == total_steps
 
 
-def count_steps(config: ConfigDict, steps_per_epoch: int) -> int:
-  """The steps of a run: `total_tokens` or `total_epochs` if one is given, else `total_steps`."""
+def count_steps(config: ConfigDict, steps_of_epochs: Callable[[float], int]) -> int:
+  """The steps of a run: by `total_tokens` or `total_epochs` if given, else `total_steps`."""
   if config.total_tokens is not None and config.total_epochs is not None:
     raise ValueError("total_tokens and total_epochs are both given, expected at most one")
   if config.total_tokens is not None:
     return max(math.ceil(config.total_tokens / (config.batch_size * config.seq_len)), 1)
   if config.total_epochs is not None:
-    return max(math.ceil(config.total_epochs * steps_per_epoch), 1)
+    return steps_of_epochs(config.total_epochs)
   return config.total_steps
 
 
 class _Meter:
   """Reads metrics of finished steps, checks them, and turns them into rates."""
 
-  def __init__(self, config: ConfigDict, workdir: Path, token_bytes: np.ndarray):
+  def __init__(
+    self,
+    config: ConfigDict,
+    workdir: Path,
+    total_steps: int,
+    mesh: Mesh,
+    token_bytes: np.ndarray,
+  ):
     self._config, self._workdir, self._token_bytes = config, workdir, token_bytes
-    self._schedule = schedule(config.optimizer, config.total_steps)
+    self._total_steps = total_steps
+    self._schedule = schedule(config.optimizer, total_steps)
     self._flops_per_token = flops.train_flops_per_token(config.model, config.seq_len, config.form)
-    self._peak = config.peak_flops or flops.peak_flops(jax.devices()[0])
+    self._peak = (config.peak_flops or flops.peak_flops(mesh.devices.flat[0])) * mesh.size
     self._tokens, self._since = 0, None
 
   def read(self, writer: MetricWriter, step: int, batch: dict, metrics: dict):
@@ -170,9 +202,9 @@ class _Meter:
       self._since = now
     else:
       self._tokens += batch["inputs"].size
-    if step % self._config.log_every_steps and step != self._config.total_steps:
+    if step % self._config.log_every_steps and step != self._total_steps:
       return
-    text_bytes = int(self._token_bytes[batch["targets"]][batch["mask"]].sum())
+    text_bytes = int(self._token_bytes[batch["targets"]][batch["loss_mask"]].sum())
     record = {
       "loss": metrics["loss"],
       "bits_per_byte": bits_per_byte(metrics["total_loss"], text_bytes),
