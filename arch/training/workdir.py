@@ -85,7 +85,7 @@ def check(workdir: str | os.PathLike, config: ConfigDict) -> list[str]:
       saved = load_config(workdir)
       _check_resumable(workdir, saved, config)
       return _changes(saved, config)
-    if workdir.exists() and any(path.name != _LOCK for path in workdir.iterdir()):
+    if workdir.exists() and not all(map(_is_ours, workdir.iterdir())):
       raise ValueError(
         f"workdir {workdir} is not empty and has no config.json: expected a new or empty folder, "
         "or that of an earlier run"
@@ -171,6 +171,11 @@ def write_atomically(path: Path, text: str) -> None:
   """Replaces the file at `path` by `text`; whenever the process dies, one of the two is there."""
   with atomic_write(path) as file:
     file.write(text.encode())
+
+
+def _is_ours(path: Path) -> bool:
+  """Whether a run that was killed before it had a configuration may have left `path`."""
+  return path.name == _LOCK or (path.is_dir() and not any(path.iterdir()))
 
 
 def _check_resumable(workdir: Path, saved: ConfigDict, given: ConfigDict) -> None:
