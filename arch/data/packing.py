@@ -36,10 +36,11 @@ class Documents:
 
   def __post_init__(self):
     total = len(self.tokens)
-    if self.folder is None:  # else written by this program, and perhaps too large to look at
-      steps = np.diff(self.ends, prepend=0, append=total)
-      if steps.min() < 0 or steps[-1] != 0:
-        raise ValueError(f"expected ends that ascend to the {total} tokens, got {self.ends}")
+    # Files are written by this program, and perhaps too large to be looked at as a whole.
+    ends = self.ends if self.folder is None else self.ends[-1:]
+    steps = np.diff(ends, prepend=0, append=total)
+    if steps.min() < 0 or steps[-1] != 0:
+      raise ValueError(f"expected ends that ascend to the {total} tokens, got {self.ends}")
     if self.trained is not None and len(self.trained) != total:
       raise ValueError(f"expected {total} flags in trained, got {len(self.trained)}")
 
@@ -53,13 +54,18 @@ class Documents:
   @classmethod
   def load(cls, folder: Path) -> "Documents":
     """Maps `tokens.npy`, `ends.npy` and, if it is there, `trained.npy` into memory."""
-    arrays = {
-      # A plain view: indexing a `np.memmap` costs more than reading what it gives.
-      field: np.load(folder / file, mmap_mode="r").view(np.ndarray)
-      for field, file in FILES.items()
-      if (folder / file).exists()
-    }
-    return cls(**arrays, folder=folder)
+    try:
+      arrays = {
+        # A plain view: indexing a `np.memmap` costs more than reading what it gives.
+        field: np.load(folder / file, mmap_mode="r").view(np.ndarray)
+        for field, file in FILES.items()
+        if (folder / file).exists()
+      }
+      return cls(**arrays, folder=folder)
+    except (ValueError, TypeError, EOFError) as error:
+      raise ValueError(
+        f"{folder} is damaged, remove it to have it prepared again: {error}"
+      ) from error
 
   def __reduce__(self):
     # A worker process maps the files itself.
