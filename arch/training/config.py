@@ -10,7 +10,15 @@ def default_config(**model) -> ConfigDict:
     {
       "model": model,
       "data": {
-        "name": "python_stdlib",  # the corpus
+        "name": "python_stdlib",  # the corpus, unless one of the next three is given
+        "path": placeholder(str),  # a file or folder of text; .jsonl and .gz as well
+        "tfds": placeholder(str),  # a TFDS text data set, such as lm1b or c4/en
+        "mixture": placeholder(str),  # such as tfds:pg19=0.7,path:~/notes=0.3, shares of the tokens
+        "split": placeholder(str),  # of TFDS sets, such as train[:1%]; default train
+        "validation": placeholder(str),  # a path or a TFDS split; default see load_text
+        "text_field": placeholder(str),  # of records; default found by rule
+        "prompt_field": placeholder(str),  # of records; prompts are read, not trained on
+        "workers": 0,  # processes that read batches ahead; 0: threads
         "tokenizer": "sentencepiece",  # or "bytes"
         "dir": placeholder(str),  # prepared data; default $TRIFORM_DATA or ~/.cache/triform
       },

@@ -15,7 +15,6 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from .. import flops
-from ..data.packing import train_batches
 from ..data.text import load_text
 from ..data.tokenizers import load_tokenizer
 from ..evaluation import bits_per_byte, evaluate
@@ -63,16 +62,20 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> bool:
   workdir = Path(workdir)
   if config.compilation_cache:
     enable_compilation_cache()
-  workdirs.prepare(workdir, config)
+  workdirs.check(workdir, config)
   # A resumed run keeps its tokenizer, even where the corpus has changed with the Python version.
   tokenizer_folder = workdir / "tokenizer"
   tokenizer = load_tokenizer(tokenizer_folder) if tokenizer_folder.exists() else None
   data = load_text(config.data, config.model.vocab_size, tokenizer)
-  data.tokenizer.save(tokenizer_folder)
-  special = {"bos_id": data.tokenizer.bos_id, "eos_id": data.tokenizer.eos_id}
-  batches = train_batches(
-    data.train, **special, seq_len=config.seq_len, batch_size=config.batch_size, seed=config.seed
+  batches = data.batches(
+    seq_len=config.seq_len,
+    batch_size=config.batch_size,
+    seed=config.seed,
+    workers=config.data.workers,
   )
+  # Only now: a run whose corpus was mistyped must not keep the work directory for itself.
+  workdirs.prepare(workdir, config)
+  data.tokenizer.save(tokenizer_folder)
 
   model = build(config.model, rngs=nnx.Rngs(config.seed))
   graphdef, params, variables = split_model(model)
@@ -152,7 +155,7 @@ class _Meter:
       self._tokens += batch["inputs"].size
     if step % self._config.log_every_steps and step != self._config.total_steps:
       return
-    text_bytes = int(self._token_bytes[batch["targets"]][batch["mask"]].sum())
+    text_bytes = int(self._token_bytes[batch["targets"]][batch["loss_mask"]].sum())
     record = {
       "loss": metrics["loss"],
       "bits_per_byte": bits_per_byte(metrics["total_loss"], text_bytes),

@@ -20,9 +20,9 @@ class TrainState(NamedTuple):
 
 
 def token_losses(logits: jax.Array, batch: dict[str, jax.Array]) -> jax.Array:  # [b, t]
-  """Cross entropy of every target in nats, 0 where there is none."""
+  """Cross entropy of every target in nats, 0 where it is not trained on (`loss_mask`)."""
   losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["targets"])
-  return jnp.where(batch["mask"], losses, 0)
+  return jnp.where(batch["loss_mask"], losses, 0)
 
 
 def make_train_step(
@@ -41,7 +41,7 @@ def make_train_step(
     )
     total = token_losses(logits, batch).sum()
     _, _, variables = split_model(model)
-    return total / jnp.maximum(batch["mask"].sum(), 1), (total, variables)
+    return total / jnp.maximum(batch["loss_mask"].sum(), 1), (total, variables)
 
   def train_step(state: TrainState, batch: dict[str, jax.Array], step: jax.Array):
     key = jax.random.fold_in(jax.random.key(seed), step)
