@@ -78,7 +78,7 @@ class Documents:
     return len(self.ends)
 
 
-class _Stream:
+class TokenStream:
   """Random access to the stream of inputs and targets, without holding it in memory."""
 
   def __init__(self, documents: Documents, bos_id: int, eos_id: int):
@@ -135,7 +135,7 @@ class PackedWindows:
 
   def __init__(self, documents: Documents, *, bos_id: int, eos_id: int, seq_len: int):
     check_positive(seq_len=seq_len)
-    self._stream = _Stream(documents, bos_id, eos_id)
+    self._stream = TokenStream(documents, bos_id, eos_id)
     self._seq_len = seq_len
 
   def __len__(self) -> int:
@@ -164,7 +164,7 @@ def carried_batches(
   document, without a reset: the state it starts from is the caller's initial one.
   """
   check_positive(seq_len=seq_len, batch_size=batch_size)
-  stream = _Stream(documents, bos_id, eos_id)
+  stream = TokenStream(documents, bos_id, eos_id)
   total = len(stream)
   if max_tokens is not None:
     check_positive(max_tokens=max_tokens)
