@@ -215,13 +215,19 @@ def draw(result: dict[str, Any], path: str | Path) -> None:
   rows = result["positions"]
   # A logarithm has no place for position 0: the axis counts the token itself.
   middles = [((row["first"] + 1) * (row["last"] + 1)) ** 0.5 for row in rows]
-  figure, axes = pyplot.subplots(figsize=(7, 4))
+  figure, (losses, difference) = pyplot.subplots(
+    2, figsize=(7, 5.5), sharex=True, height_ratios=(2, 1)
+  )
   window = f"sliding window of {result['window']:,} tokens, {result['sliding']:.3f}"
   for name, label in (("sliding", window), ("carried", f"state carried, {result['carried']:.3f}")):
-    axes.plot(middles, [row[name] for row in rows], "o-", label=label)
-  axes.axvline(result["window"], color="0.6", linestyle="--", linewidth=1)
-  axes.set(xscale="log", xlabel="tokens seen of the document", ylabel="loss, nats per token")
-  axes.legend()
+    losses.plot(middles, [row[name] for row in rows], "o-", label=label)
+  difference.plot(middles, [row["carried"] - row["sliding"] for row in rows], "o-", color="C1")
+  difference.axhline(0, color="0.6", linewidth=1)
+  for axes in (losses, difference):
+    axes.axvline(result["window"], color="0.6", linestyle="--", linewidth=1)
+  losses.set(xscale="log", ylabel="loss, nats per token")
+  losses.legend()
+  difference.set(xlabel="tokens seen of the document", ylabel="carried - sliding")
   figure.tight_layout()
   figure.savefig(path, dpi=120)
   pyplot.close(figure)
