@@ -10,9 +10,10 @@ import sys
 from pathlib import Path
 
 from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
 from triform.arch import FORMS, cli, load, stream
+from triform.arch.caches import enable_compilation_cache
 from triform.arch.loading import load_config
 
 WORKDIR = flags.DEFINE_string("workdir", None, "the run, as given to train.py, or its export")
@@ -35,6 +36,14 @@ TOP_P = flags.DEFINE_float("top_p", None, "generate: sample among the likeliest 
 SEED = flags.DEFINE_integer("seed", 0, "generate: the same seed gives the same text")
 flags.mark_flag_as_required("workdir")
 
+# The flags that only some tasks look at.
+TASKS = {
+  **dict.fromkeys(("form", "text", "json"), ("loss", "positions")),
+  **dict.fromkeys(("window", "picture"), ("positions",)),
+  **dict.fromkeys(("prompt", "prompt_file", "max_new_tokens"), ("generate",)),
+  **dict.fromkeys(("temperature", "top_k", "top_p", "seed"), ("generate",)),
+}
+
 
 def _workdir_config() -> ConfigDict:
   """The run's own configuration, so that any `--config.x=y` overrides it."""
@@ -45,10 +54,15 @@ def _workdir_config() -> ConfigDict:
     cli.fail(error)
 
 
-CONFIG = config_flags.DEFINE_config_dict("config", _workdir_config())
+CONFIG = cli.define_config(_workdir_config())
 
 
 def main() -> int:
+  for name, tasks in TASKS.items():
+    if flags.FLAGS[name].present and TASK.value not in tasks:
+      raise ValueError(f"--{name} is for --task={' or '.join(tasks)}, not {TASK.value}")
+  if CONFIG.value.get("compilation_cache", True):
+    enable_compilation_cache()
   return {"loss": loss, "positions": positions, "generate": generate}[TASK.value]()
 
 
@@ -106,7 +120,11 @@ def generate() -> int:
       raise ValueError("give --prompt or --prompt_file, not both")
     from_stdin = PROMPT_FILE.value == "-"
     raw = sys.stdin.buffer.read() if from_stdin else Path(PROMPT_FILE.value).read_bytes()
-    prompt = raw.decode("utf-8")
+    try:
+      prompt = raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+      source = "standard input" if from_stdin else PROMPT_FILE.value
+      raise ValueError(f"expected UTF-8 text in {source}: {error}") from error
   model, tokenizer = load(WORKDIR.value, step=STEP.value, config=CONFIG.value)
   decoder = StreamDecoder(tokenizer)
   sys.stdout.write(prompt)
@@ -117,6 +135,7 @@ def generate() -> int:
     temperature=TEMPERATURE.value,
     top_k=TOP_K.value,
     top_p=TOP_P.value,
+    vocab_size=min(tokenizer.vocab_size, model.vocab_size),
     seed=SEED.value,
   ):
     if token == tokenizer.eos_id:
