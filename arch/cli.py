@@ -77,9 +77,10 @@ def _without_overrides(argv: list[str]) -> ConfigDict:
   sys.argv = [argument for argument in argv if not _OVERRIDE.match(argument)]
   try:
     flags.FLAGS(sys.argv, known_only=True)
-    return flags.FLAGS["config"].value or ConfigDict()
+    config = flags.FLAGS["config"].value
   except _PARSING_ERRORS:
-    return ConfigDict()
+    config = None
+  return config if isinstance(config, ConfigDict) else ConfigDict()
 
 
 def _explain(error: Exception, argv: list[str], config: ConfigDict) -> str:
