@@ -1,6 +1,7 @@
 """Evaluates a run or an exported model, or generates from it.
 
 python eval.py --workdir=runs/tiny --form=recurrent --json=result.json
+python eval.py --workdir=runs/tiny --task=positions --text=book.txt --picture=result.png
 python eval.py --workdir=runs/tiny --task=generate --prompt="def main("
 """
 
@@ -16,11 +17,14 @@ from triform.arch.loading import load_config
 
 WORKDIR = flags.DEFINE_string("workdir", None, "the run, as given to train.py, or its export")
 STEP = flags.DEFINE_integer("step", None, "the checkpoint to read; default the newest")
-TASK = flags.DEFINE_enum("task", "loss", ["loss", "generate"], "what to do")
+TASK = flags.DEFINE_enum("task", "loss", ["loss", "positions", "generate"], "what to do")
 
-FORM = flags.DEFINE_enum("form", None, FORMS, "loss: the algorithm; default config.eval.form")
-TEXT = flags.DEFINE_string("text", None, "loss: a text file or folder; default held-out documents")
-JSON = flags.DEFINE_string("json", None, "loss: write the result to this file as well")
+FORM = flags.DEFINE_enum("form", None, FORMS, "to measure: the algorithm; default eval.form")
+TEXT = flags.DEFINE_string("text", None, "to measure: a file or folder; default held-out text")
+JSON = flags.DEFINE_string("json", None, "to measure: write the result to this file as well")
+
+WINDOW = flags.DEFINE_integer("window", None, "positions: of the sliding window; default seq_len")
+PICTURE = flags.DEFINE_string("picture", None, "positions: draw the result to this file")
 
 PROMPT = flags.DEFINE_string("prompt", None, "generate: the text to continue")
 PROMPT_FILE = flags.DEFINE_string("prompt_file", None, "generate: a file with it, - for stdin")
@@ -45,14 +49,38 @@ CONFIG = config_flags.DEFINE_config_dict("config", _workdir_config())
 
 
 def main() -> int:
-  if TASK.value == "generate":
-    return generate()
-  return measure()
+  return {"loss": loss, "positions": positions, "generate": generate}[TASK.value]()
 
 
-def measure() -> int:
-  from triform.arch.data.text import documents_from_path, load_text
+def loss() -> int:
   from triform.arch.evaluation import evaluate
+
+  model, documents, tokenizer, options = _measured()
+  result = {**evaluate(model, documents, tokenizer, **options), "form": options["form"]}
+  for name, value in result.items():
+    print(f"{name:<14}  {value:,.6g}" if isinstance(value, float) else f"{name:<14}  {value}")
+  _write(result)
+  return 0
+
+
+def positions() -> int:
+  from triform.arch.loss_by_position import draw, import_pyplot, loss_by_position, table
+
+  if PICTURE.value is not None:
+    import_pyplot()  # or it would be missed after all the work
+  model, documents, tokenizer, options = _measured()
+  options["window"] = CONFIG.value.seq_len if WINDOW.value is None else WINDOW.value
+  result = loss_by_position(model, documents, tokenizer, **options) | {"form": options["form"]}
+  print(table(result))
+  _write(result)
+  if PICTURE.value is not None:
+    draw(result, PICTURE.value)
+  return 0
+
+
+def _measured() -> tuple:
+  """The model, documents, tokenizer and how to evaluate, as the flags have it."""
+  from triform.arch.data.text import documents_from_path, load_text
 
   config = CONFIG.value
   model, tokenizer = load(WORKDIR.value, step=STEP.value, config=config)
@@ -61,13 +89,12 @@ def measure() -> int:
   else:
     documents = documents_from_path(TEXT.value, tokenizer)
   options = {name: value for name, value in config.eval.items() if name != "every_steps"}
-  options["form"] = FORM.value or config.eval.form
-  result = {**evaluate(model, documents, tokenizer, **options), "form": options["form"]}
-  for name, value in result.items():
-    print(f"{name:<14}  {value:,.6g}" if isinstance(value, float) else f"{name:<14}  {value}")
+  return model, documents, tokenizer, options | {"form": FORM.value or config.eval.form}
+
+
+def _write(result: dict) -> None:
   if JSON.value is not None:
     Path(JSON.value).write_text(json.dumps(result) + "\n")
-  return 0
 
 
 def generate() -> int:

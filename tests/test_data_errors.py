@@ -15,6 +15,7 @@ from tiny_run import tiny_config
 
 from triform.arch import cli
 from triform.arch.data import tfds_sets
+from triform.arch.data.text import load_text
 from triform.arch.training.loop import train
 
 ROOT = Path(__file__).parents[1]
@@ -175,10 +176,19 @@ def test_what_only_tensorflow_prepares_is_one_line(folder, tmp_path, capsys, mon
 
 def test_another_error_of_tfds_is_one_line():
   with (
-    pytest.raises(ValueError, match=r"^cannot do it: RuntimeError: two lines$"),
+    pytest.raises(ValueError, match=r"^cannot do it: TypeError: two lines$"),
     tfds_sets.explained("cannot do it"),
   ):
-    raise RuntimeError("two\n lines")
+    raise TypeError("two\n lines")
+
+
+def test_a_damaged_cache_is_named(folder, tmp_path, capsys):
+  data = {"path": str(folder / "good.txt"), "dir": str(tmp_path / "data")}
+  load_text({"name": "python_stdlib", "tokenizer": "bytes", **data}, 257)
+  (file,) = (tmp_path / "data").rglob("train/tokens.npy")
+  file.write_bytes(file.read_bytes()[:-10])
+  line = refused(folder, capsys, tmp_path / "run", data)
+  assert f"{file.parent} is damaged, remove it to have it prepared again" in line
 
 
 def test_a_resumed_run_keeps_its_corpus(folder, tmp_path):

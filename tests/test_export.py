@@ -68,7 +68,7 @@ def test_the_average_is_taken_where_a_run_kept_one(run, tmp_path):
   shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints"))
   params = {n: leaf for n, leaf in leaves_of(load(run)[0]).items() if n.startswith("params/")}
   average = {n.replace("params/", "average/"): leaf + 1 for n, leaf in params.items()}
-  with Checkpoints(tmp_path / "run" / "checkpoints", every_steps=1, keep=1) as checkpoints:
+  with Checkpoints(tmp_path / "run" / "checkpoints", keep=1) as checkpoints:
     checkpoints.save(1, {**params, **average, "optimizer/count": jnp.zeros((), jnp.int32)})
   export(tmp_path / "run", tmp_path / "folder")
   for path in (tmp_path / "run", tmp_path / "folder"):
@@ -103,7 +103,7 @@ def toy(monkeypatch):
 def write_workdir(path, config, leaves):
   workdirs.prepare(path, config)
   ByteTokenizer().save(path / "tokenizer")
-  with Checkpoints(path / "checkpoints", every_steps=1, keep=1) as checkpoints:
+  with Checkpoints(path / "checkpoints", keep=1) as checkpoints:
     checkpoints.save(1, leaves)
 
 

@@ -74,6 +74,19 @@ def test_eval_writes_its_result(folder):
   assert "bits_per_byte" in done.stdout
 
 
+def test_eval_writes_losses_by_position(folder):
+  done = run(
+    folder, "eval.py", "--workdir=runs/retnet_tiny", "--task=positions", "--json=positions.json",
+    "--text=README.md", "--config.eval.max_tokens=1600",
+  )  # fmt: skip
+  assert done.returncode == 0, done.stderr
+  result = json.loads((folder / "positions.json").read_text())
+  assert result["window"] == 16  # of training
+  assert result["tokens"] == sum(row["tokens"] for row in result["positions"]) == 1600
+  assert result["positions"][-1]["last"] == 1599 and result["form"] == "chunkwise"
+  assert "1,024 to 1,599" in done.stdout
+
+
 def test_generate_continues_standard_input(folder):
   done = run(
     folder, "eval.py", "--workdir=runs/retnet_tiny", "--task=generate", "--prompt_file=-",

@@ -4,6 +4,7 @@ import contextlib
 import difflib
 import importlib
 import io
+import logging
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -101,6 +102,7 @@ def prepared_builder(name: str, folder: Path) -> tfds.core.DatasetBuilder:
   tfds.disable_progress_bar()
   for data_dir in (folder, None):
     with (
+      _quiet(),
       contextlib.suppress(tfds.core.registered.DatasetNotFoundError),
       explained(f"cannot use the TFDS set {name!r}", tfds.core.registered.DatasetNotFoundError),
     ):
@@ -111,7 +113,7 @@ def prepared_builder(name: str, folder: Path) -> tfds.core.DatasetBuilder:
   def make_builder() -> tfds.core.DatasetBuilder:
     return tfds.builder(name, data_dir=folder, file_format="array_record")
 
-  with explained(f"cannot use the TFDS set {name!r}"):
+  with _quiet(), explained(f"cannot use the TFDS set {name!r}"):
     make_builder()
   print(f"preparing the TFDS set {name} in {folder}", file=sys.stderr, flush=True)
   # Without a network, ten tries would take TFDS three minutes and a half.
@@ -131,16 +133,16 @@ def stdlib_builder(folder: Path) -> tfds.core.DatasetBuilder:
 def _prepared(
   make_builder: Callable[[], tfds.core.DatasetBuilder], **options
 ) -> tfds.core.DatasetBuilder:
-  builder = make_builder()
-  try:
-    with contextlib.redirect_stdout(io.StringIO()):
-      builder.download_and_prepare(**options)
-  except OSError:
-    # Of two processes that build at once, the second cannot rename its result into place.
+  with _quiet():
     builder = make_builder()
-    if not builder.is_prepared():
-      raise
-  return builder
+    try:
+      builder.download_and_prepare(**options)
+    except OSError:
+      # Of two processes that build at once, the second cannot rename its result into place.
+      builder = make_builder()
+      if not builder.is_prepared():
+        raise
+    return builder
 
 
 def _readable(name: str, builder: tfds.core.DatasetBuilder) -> tfds.core.DatasetBuilder:
@@ -165,6 +167,18 @@ def _check_known(name: str, folder: Path) -> None:
   known.update(path.name for path in folder.glob("[!.]*") if path.is_dir())
   closest = difflib.get_close_matches(base, sorted(known), n=1, cutoff=0)
   raise ValueError(f"there is no TFDS set {base!r}; the closest is {closest[0]!r}")
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+  """Without what TFDS and urllib3 print and warn of: where it matters, an error says it."""
+  disabled = logging.root.manager.disable
+  logging.disable(logging.WARNING)
+  try:
+    with contextlib.redirect_stdout(io.StringIO()):
+      yield
+  finally:
+    logging.disable(disabled)
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ class Best:
   """
 
   def __init__(self, folder: Path, *, enabled: bool):
-    self._checkpoints = Checkpoints(folder, every_steps=1, keep=1) if enabled else None
+    self._checkpoints = Checkpoints(folder, keep=1) if enabled else None
     self._loss = math.inf
     if enabled and any(folder.iterdir()):
       like = {"evaluation_loss": jax.ShapeDtypeStruct((), np.float64)}

@@ -4,11 +4,9 @@ import contextlib
 import json
 import math
 import os
-import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -16,6 +14,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from .. import flops
+from ..caches import enable_compilation_cache
 from ..data.text import load_text
 from ..data.tokenizers import load_tokenizer
 from ..evaluation import bits_per_byte, evaluate
@@ -25,11 +24,13 @@ from ..loading import initial_parameters
 from ..sharding import make_mesh
 from . import workdir as workdirs
 from .best import Best
-from .checkpoints import Checkpoints
+from .checkpoints import Checkpoints, has_checkpoint
+from .config_json import flatten
 from .metrics import MetricWriter
 from .optimizer import schedule
 from .profile import Profiler
 from .program import make_program
+from .signals import stop_signals
 
 _POSITIVE = (
   "seq_len",
@@ -69,15 +70,19 @@ def train(config: ConfigDict, workdir: str | os.PathLike, *, profile: bool = Fal
       directory tells the step and its batch, and the state before it is the last one kept.
   """
   _check(config)
-  workdir = Path(workdir)
+  workdirs.check(workdir, config)
+  with workdirs.lock(workdir):
+    return _train(config, Path(workdir), profile)
+
+
+def _train(config: ConfigDict, workdir: Path, profile: bool) -> bool:
   if config.compilation_cache:
     enable_compilation_cache()
   mesh = make_mesh(config.mesh)
-  workdirs.check(workdir, config)
   # A resumed run keeps its tokenizer, even where the corpus has changed with the Python version;
   # one that starts from another's parameters keeps the ids they know.
   tokenizer_folder = workdir / "tokenizer"
-  resumes = (workdir / "checkpoints").exists()
+  resumes = has_checkpoint(workdir / "checkpoints")
   initial = None
   if resumes:
     tokenizer = load_tokenizer(tokenizer_folder)
@@ -97,29 +102,29 @@ def train(config: ConfigDict, workdir: str | os.PathLike, *, profile: bool = Fal
   )
   total_steps = count_steps(config, batches.steps)
   program = make_program(config, mesh, total_steps)
-  # Only now: a run that was mistyped must not keep the work directory for itself.
-  workdirs.prepare(workdir, config)
-  data.tokenizer.save(tokenizer_folder)
-  workdirs.write_parameter_table(workdir, program.abstract.params)
   meter = _Meter(config, workdir, total_steps, mesh, data.tokenizer.token_bytes)
 
   with (
-    Checkpoints(workdir / "checkpoints", every_steps=1, keep=config.checkpoint.keep) as checkpoints,
+    Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep) as checkpoints,
     Best(workdir / "best", enabled=config.checkpoint.best) as best,
     stop_signals() as stopped,
   ):
     restored = checkpoints.restore_latest(program.stacked)
-    if restored is None:
-      start, state = 0, program.init(None if initial is None else initial.leaves)
-    else:
-      start, leaves = restored
-      state = program.from_stacked(leaves)
-      print(f"resuming {workdir} from step {start}", flush=True)
+    start = 0 if restored is None else restored[0]
     if start >= total_steps:
       raise ValueError(
         f"{workdir} is trained to step {start} of {total_steps}: give another --workdir, or more "
         "steps to go on"
       )
+    # Only now: a run that was mistyped must not keep the work directory for itself.
+    changes = workdirs.prepare(workdir, config)
+    data.tokenizer.save(tokenizer_folder)
+    workdirs.write_parameter_table(workdir, program.abstract.params)
+    if restored is None:
+      state = program.init(None if initial is None else initial.leaves)
+    else:
+      state = program.from_stacked(restored[1])
+      print(f"resuming {workdir} from step {start}", *changes, sep="\n  ", flush=True)
 
     with (
       MetricWriter(workdir, total_steps=total_steps, start_step=start) as writer,
@@ -138,7 +143,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike, *, profile: bool = Fal
       placed = program.put(batch)
       last = None  # of the step before, read while the device works on this one
       step = start
-      while step < total_steps and not stopped:
+      while step < total_steps and not stopped.is_set():
         state, metrics = program.step(state, placed, np.int32(step))
         step += 1
         if last is not None:
@@ -246,44 +251,10 @@ class _Meter:
 
 
 def _check(config: ConfigDict) -> None:
-  fields = workdirs.flatten(config)
+  fields = flatten(config)
   for name in _POSITIVE:
     if fields[name] < 1:
       raise ValueError(f"{name} is {fields[name]}, expected at least 1")
   for name in ("form", "eval.form"):
     if fields[name] not in FORMS:
       raise ValueError(f"{name} is {fields[name]!r}, expected one of {', '.join(FORMS)}")
-
-
-def enable_compilation_cache() -> None:
-  folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "triform" / "xla"
-  if jax.config.jax_compilation_cache_dir is None:
-    jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-
-
-class _Stopped:
-  def __init__(self):
-    self.signal: int | None = None
-
-  def __bool__(self):
-    return self.signal is not None
-
-
-@contextlib.contextmanager
-def stop_signals() -> Iterator[_Stopped]:
-  """True once SIGTERM or SIGINT has come; the second one acts as it would have by default."""
-  stopped = _Stopped()
-  previous: dict[int, Any] = {}
-
-  def handle(number, _):
-    stopped.signal = number
-    signal.signal(number, previous[number])
-
-  for number in (signal.SIGTERM, signal.SIGINT):
-    previous[number] = signal.signal(number, handle)
-  try:
-    yield stopped
-  finally:
-    for number, handler in previous.items():
-      signal.signal(number, handler)
