@@ -54,12 +54,12 @@ FLA = {**SMALL, "dialect": "fla", "embedding_scale": 1.0}
 @pytest.mark.parametrize(
   ("export", "options", "message"),
   [
-    (to_fla, SMALL, "dialect is 'torchscale', which cannot be exported; expected 'fla'"),
+    (to_fla, SMALL, "dialect is 'torchscale', which cannot be converted; expected 'fla'"),
     (to_fla, {**FLA, "decay": "learned"}, "decay is 'learned', .*expected 'fixed'"),
     (to_fla, {**FLA, "activation": "gelu"}, "activation is 'gelu', .*expected 'silu'"),
     (to_fla, {**FLA, "embedding_scale": 2.0}, "embedding_scale is 2.0, .*expected 1.0"),
     (to_fla, {**FLA, "decay_schedule": "linspace"}, "the decays are not the geometric ones"),
-    (to_torchscale, FLA, "dialect is 'fla', which cannot be exported; expected 'torchscale'"),
+    (to_torchscale, FLA, "dialect is 'fla', which cannot be converted; expected 'torchscale'"),
     (to_torchscale, {**SMALL, "decay": "gated"}, "decay is 'gated', .*expected 'fixed'"),
     (to_torchscale, {**SMALL, "num_kv_heads": 1}, "num_kv_heads is 1, .*expected 2"),
     (to_torchscale, {**SMALL, "key_dim": 4}, "key_dim is 4, .*expected 8"),

@@ -245,7 +245,7 @@ def state_to_torchscale(model: RetNet, state: Any) -> tuple[dict[int, dict[str, 
   `s_n`, and `scale` `[h]`, `s_n^2`. torchscale keeps the length only as that of the tokens it is
   called with. All rows must have seen the same number of tokens: `scale` has no batch axis.
   """
-  kvs, length = layer_states(model, state)
+  kvs, length = layer_states(model, state, "torchscale")
   scale = np.exp(np.outer(log_decay(model), np.arange(length))).sum(axis=1)
   cache = {}
   for i, kv in enumerate(kvs):
@@ -265,4 +265,4 @@ def state_from_torchscale(model: RetNet, cache: Mapping[int, Any], length: int) 
     previous, scale = (np.asarray(cache[i][name]) for name in ("prev_key_value", "scale"))
     kv = np.sqrt(scale)[:, None, None] * previous.swapaxes(-1, -2)
     kvs.append(np.concatenate([kv[:, :, 0::2], kv[:, :, 1::2]], axis=2))
-  return model_state(model, kvs, length)
+  return model_state(model, kvs, length, "torchscale")
