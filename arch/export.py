@@ -10,17 +10,18 @@ from .folder import check_replaceable, write_folder
 from .loading import open_workdir
 
 
-def export(workdir: str | os.PathLike, to: str | os.PathLike, *, step: int | None = None) -> None:
+def export(workdir: str | os.PathLike, to: str | os.PathLike, *, step: int | None = None) -> int:
   """Writes the model of the newest checkpoint in `workdir`, or that of `step`, to the folder `to`.
 
-  The averaged parameters where the run kept an average. An exported folder at `to` is replaced;
-  see `arch.folder` for what is in one.
+  Takes the averaged parameters where the run kept an average. An exported folder at `to` is
+  replaced; see `arch.folder` for what is in one. Returns the step.
   Raises `ValueError` if `workdir` is not a run's or has no such checkpoint, or if `to` is
   something else than an exported folder.
   """
   check_replaceable(Path(to).resolve())
   run = open_workdir(Path(workdir), step)
   write_folder(to, config=run.config, tensors=run.tensors, tokenizer=run.tokenizer, step=run.step)
+  return run.step
 
 
 if __name__ == "__main__":
@@ -34,7 +35,8 @@ if __name__ == "__main__":
   flags.mark_flags_as_required(["workdir", "to"])
 
   def main() -> int:
-    export(WORKDIR.value, TO.value, step=STEP.value)
+    step = export(WORKDIR.value, TO.value, step=STEP.value)
+    print(f"{TO.value} holds the model of {WORKDIR.value} after step {step}")
     return 0
 
   cli.run(main)
