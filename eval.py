@@ -1,4 +1,4 @@
-"""Evaluates a run, or generates from it.
+"""Evaluates a run or an exported model, or generates from it.
 
 python eval.py --workdir=runs/tiny --form=recurrent --json=result.json
 python eval.py --workdir=runs/tiny --task=generate --prompt="def main("
@@ -12,9 +12,9 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from triform.arch import FORMS, cli, load, stream
-from triform.arch.training.workdir import load_config
+from triform.arch.loading import load_config
 
-WORKDIR = flags.DEFINE_string("workdir", None, "the run, as given to train.py")
+WORKDIR = flags.DEFINE_string("workdir", None, "the run, as given to train.py, or its export")
 STEP = flags.DEFINE_integer("step", None, "the checkpoint to read; default the newest")
 TASK = flags.DEFINE_enum("task", "loss", ["loss", "generate"], "what to do")
 

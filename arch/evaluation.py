@@ -48,8 +48,8 @@ def evaluate(
   for batch in batches:
     losses, state = _piece(graphdef, form, params, variables, state, jax.device_put(batch))
     total += float(np.sum(jax.device_get(losses), dtype=np.float64))
-    tokens += int(batch["mask"].sum())
-    text_bytes += int(tokenizer.token_bytes[batch["targets"]][batch["mask"]].sum())
+    tokens += int(batch["loss_mask"].sum())
+    text_bytes += int(tokenizer.token_bytes[batch["targets"]][batch["loss_mask"]].sum())
   loss = total / tokens
   return {
     "loss": loss,

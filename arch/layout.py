@@ -25,6 +25,12 @@ def split_model(model: nnx.Module) -> tuple[nnx.GraphDef, Any, Any]:
 
 def to_stacked(tree: Any) -> dict[str, jax.Array]:
   """Every leaf by its path, the layers of unrolled stacks stacked. Leaves may be abstract."""
+  leaves = by_stacked_name(tree)
+  return {name: _stack(leaf) if isinstance(leaf, list) else leaf for name, leaf in leaves.items()}
+
+
+def by_stacked_name(tree: Any) -> dict[str, Any]:
+  """The leaves of `to_stacked` before stacking: one, or the list of an unrolled stack's layers."""
   leaves: dict[str, Any] = {}
   for name, leaf in _named_leaves(tree):
     stacked_name, layer = _stacked_name(name)
@@ -32,11 +38,11 @@ def to_stacked(tree: Any) -> dict[str, jax.Array]:
       leaves[stacked_name] = leaf
     else:
       leaves.setdefault(stacked_name, []).append(leaf)
-  return {name: _stack(leaf) if isinstance(leaf, list) else leaf for name, leaf in leaves.items()}
+  return leaves
 
 
-def from_stacked(leaves: dict[str, jax.Array], like: Any) -> Any:
-  """The inverse of `to_stacked` for a tree of the structure of `like`."""
+def from_stacked(leaves: dict[str, Any], like: Any) -> Any:
+  """The inverse of `to_stacked` (or `by_stacked_name`) for a tree of the structure of `like`."""
 
   def find(name):
     stacked_name, layer = _stacked_name(name)
@@ -45,6 +51,12 @@ def from_stacked(leaves: dict[str, jax.Array], like: Any) -> Any:
   return jax.tree.unflatten(
     jax.tree.structure(like), [find(name) for name, _ in _named_leaves(like)]
   )
+
+
+def stacked_names(tree: Any) -> Any:
+  """The name that every leaf of `tree` has in `to_stacked`, in the structure of `tree`."""
+  names = [_stacked_name(name)[0] for name, _ in _named_leaves(tree)]
+  return jax.tree.unflatten(jax.tree.structure(tree), names)
 
 
 def _named_leaves(tree):

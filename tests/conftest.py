@@ -9,6 +9,13 @@ import jax
 import pytest
 from hypothesis import HealthCheck, Phase, settings
 
+# The programs are tiny: compile quickly rather than well. XLA reads its flags at the first compile,
+# processes started by a test inherit them, and what the user set comes last and wins.
+QUICK = "--xla_backend_optimization_level=0 "
+if jax.__version_info__ < (0, 11):  # later versions have but one code generator
+  QUICK += "--xla_cpu_use_fusion_emitters=false "
+os.environ["XLA_FLAGS"] = QUICK + os.environ.get("XLA_FLAGS", "")
+
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 DRAWN = r"(-parallel|-chunkwise|-recurrent|-\(\d+, \d+\))?(-b?float\d+)?"

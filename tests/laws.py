@@ -1,337 +1,20 @@
 """The laws of `triform.arch.interface`, as checks of any registered module.
 
-An architecture registers a `Subject`; `test_laws.py` then holds it to every law. What varies
-freely from example to example is data (values, resets, masks, where to cut, which form); shapes
-come from a short list, because compiling is what takes the time.
-
-Tolerances follow from the dtype. In float64 two algorithms for one function may differ by
-`EXACT`. In a narrower dtype the truth is the same module in float64 with the same parameter
-values, and a form may be twice as far from it as the simplest form, the recurrent one, in its own
-dtype, plus 4 ulp: `2 * err(simplest) + 4 ulp`. Errors are relative Frobenius norms. Gradients are
-measured per kind (parameters, inputs, incoming state): a head norm makes the gradient of a query
-a difference of nearly equal terms, so that a single leaf's rounding is that of the whole.
+An architecture registers a `Subject`; `test_laws.py` then holds it to every law.
 """
 
-import dataclasses
 import functools
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import chex
-import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
-
-from triform.arch.interface import FORMS, SequenceModule, put_rows, state_dtype, take_rows
-
-BATCH, LENGTH = 2, 7  # with chunks of 4 tokens: one whole, one ragged
-SHAPES = ((1, 1), (3, 4), (1, 13))  # one token, one chunk, three and a bit: for law 1
-PIECES = (1, 5)  # a decoding step, and a ragged piece; each a compiled program per form
-SIMPLEST = "recurrent"
-# Some thousand operations lie between an input and a gradient, each off by 2**-53 at most.
-EXACT = 1e-12
-DTYPES = ("float32", "bfloat16", "float64")
-# The programs are tiny: compile quickly rather than well.
-COMPILER_OPTIONS: dict[str, Any] = {"xla_backend_optimization_level": 0}
-if jax.__version_info__ < (0, 11):  # later versions have but one code generator
-  COMPILER_OPTIONS["xla_cpu_use_fusion_emitters"] = False
-
-
-def vectors(width: int) -> Callable:
-  """Inputs `[b, t, width]`."""
-  return lambda rng, b, t: rng.normal(size=(b, t, width))
-
-
-def distinct_ids(vocab_size: int) -> Callable:
-  """Token ids `[b, t]`, no two alike: a row of the table then belongs to one token."""
-  return lambda rng, b, t: rng.permutation(vocab_size)[: b * t].reshape(b, t)
-
-
-@dataclasses.dataclass(frozen=True)
-class Subject:
-  """What the laws need to know about a module.
-
-  Attributes:
-    name: appears in the names of the tests.
-    make: `make(dtype=, param_dtype=, rngs=)`, a small module; its chunks should have 4 tokens.
-    inputs: `inputs(rng, b, t)`, in float64 or integers.
-    table: for a model of token ids, the embedding `[vocab, d]` among its parameters (a pure
-      dictionary); `inputs` must then be `distinct_ids` of at least `BATCH * LENGTH`.
-    trains: it has dropout or batch statistics, so that the laws of training apply.
-    oracle: `oracle(variables, x, state, reset, mask) -> (y, state)` in float64 NumPy, if there is
-      one; `variables` is a pure dictionary.
-  """
-
-  name: str
-  make: Callable[..., SequenceModule]
-  inputs: Callable[[np.random.Generator, int, int], np.ndarray]
-  table: Callable[[dict], np.ndarray] | None = None
-  trains: bool = False
-  oracle: Callable | None = None
-
-
-SUBJECTS: dict[str, Subject] = {}
-
-
-def register(name: str, make: Callable, inputs: Callable, **options: Any) -> None:
-  SUBJECTS[name] = Subject(name, make, inputs, **options)
-
-
-class Case(NamedTuple):
-  """One example, the same for every dtype: its numbers are exact in bfloat16 and float32."""
-
-  x: np.ndarray
-  state: Any  # float64
-  reset: np.ndarray
-  mask: np.ndarray
-
-
-class Outcome(NamedTuple):
-  """What a call returns, and gradients of a fixed linear function of it."""
-
-  y: jax.Array
-  state: Any
-  statistics: Any
-  parameters: Any
-  inputs: np.ndarray
-  incoming: Any
-
-
-class Bench:
-  """A subject in one dtype, with its compiled programs."""
-
-  def __init__(self, subject: Subject, dtype: str):
-    self.subject, self.dtype = subject, jnp.dtype(dtype)
-    with self.context():
-      self.graphdef, *abstract = _abstract(subject, self.dtype)
-      self.params, self.rest = jax.tree.map(
-        lambda spec, value: jnp.asarray(value, spec.dtype), tuple(abstract), _values(subject)
-      )
-    compiled = functools.partial(
-      jax.jit, static_argnames="form", compiler_options=COMPILER_OPTIONS
-    )
-    self._call, self._trial = compiled(self._call), compiled(self._trial)
-
-  def context(self):
-    return jax.enable_x64(self.dtype == jnp.float64)
-
-  def variables(self) -> dict:
-    """Parameters and the rest as one pure dictionary of float64 arrays."""
-    merged = nnx.to_pure_dict(nnx.merge_state(self.params, self.rest))
-    return jax.tree.map(_widen, merged)
-
-  def module(self) -> SequenceModule:
-    return nnx.merge(self.graphdef, self.params, self.rest)
-
-  def init_state(self, b: int = BATCH) -> Any:
-    with self.context():
-      return self.module().init_state(b)
-
-  def cast_state(self, state: Any) -> Any:
-    """A float64 state in the dtypes this one's have."""
-    specs = self.init_state(jax.tree.leaves(state)[0].shape[0])
-    return jax.tree.map(lambda spec, a: np.asarray(a, spec.dtype), specs, state)
-
-  def call(self, x, state, *, form, reset=None, mask=None):
-    """Outputs and state, for any length; absent arguments stay absent."""
-    with self.context():
-      return self._call(self.params, self.rest, self._inputs(x), state, reset, mask, form=form)
-
-  def trial(self, case: Case, form: str, *, weights=None, state_weight=1.0, key=None) -> Outcome:
-    """Everything about a call of `LENGTH` tokens; `weights` [b, t] of outputs in the loss."""
-    weights = case.mask if weights is None else weights
-    with self.context():
-      y, state, statistics, (parameters, inputs, incoming) = self._trial(
-        self.params,
-        self.rest,
-        self._inputs(case.x),
-        self.cast_state(case.state),
-        case.reset,
-        case.mask,
-        np.asarray(weights, np.float32),
-        np.float32(state_weight),
-        key,
-        form=form,
-      )
-      parameters = nnx.to_pure_dict(parameters)
-    if self.subject.table is not None:
-      inputs = self.subject.table(parameters)[case.x]
-    return Outcome(y, state, statistics, parameters, _widen(inputs), floats(incoming))
-
-  def _inputs(self, x):
-    return x if np.issubdtype(x.dtype, np.integer) else x.astype(self.dtype)
-
-  def _call(self, params, rest, x, state, reset, mask, *, form):
-    module = nnx.merge(self.graphdef, params, rest)
-    return module(x, state, form=form, reset=reset, mask=mask)
-
-  def _trial(self, params, rest, x, state, reset, mask, weights, state_weight, key, *, form):
-    def loss(params, x, state):
-      # A copy: variables made outside the gradient's trace could not be written in it.
-      module = nnx.merge(self.graphdef, params, jax.tree.map(lambda a: a, rest))
-      rngs = None if key is None else nnx.Rngs(key)
-      y, after = module(x, state, form=form, reset=reset, mask=mask, rngs=rngs)
-      wide = state_dtype(self.dtype)
-      per_token = weights.astype(wide).reshape(*weights.shape, *[1] * (y.ndim - 2))
-      total = jnp.sum(y.astype(wide) * _pattern(y) * per_token)
-      for leaf in floats(after):
-        total += state_weight.astype(wide) * jnp.sum(leaf.astype(wide) * _pattern(leaf))
-      return total, (y, after, nnx.state(module, nnx.BatchStat))
-
-    gradient = jax.grad(loss, argnums=(0, 1, 2), has_aux=True, allow_int=True)
-    gradients, (y, after, statistics) = gradient(params, x, state)
-    return y, after, statistics, gradients
-
-
-@functools.lru_cache(maxsize=4)
-def bench(name: str, dtype: str) -> Bench:
-  return Bench(SUBJECTS[name], dtype)
-
-
-def _abstract(subject, dtype):
-  graphdefs = []
-
-  def make():
-    module = subject.make(dtype=dtype, param_dtype=state_dtype(dtype), rngs=nnx.Rngs(0))
-    graphdef, *variables = nnx.split(module, nnx.Param, ...)
-    graphdefs.append(graphdef)
-    return tuple(variables)
-
-  variables = jax.eval_shape(make)
-  return graphdefs[0], *variables
-
-
-@functools.lru_cache(maxsize=1)
-def _values(subject):
-  """Values of the variables in float32, shaken so that no weight is left at its initial 0 or 1."""
-
-  def make():
-    module = subject.make(dtype=jnp.float32, param_dtype=jnp.float32, rngs=nnx.Rngs(0))
-    return tuple(nnx.split(module, nnx.Param, ...)[1:])
-
-  params, rest = jax.jit(make, compiler_options=COMPILER_OPTIONS)()
-  rng = np.random.default_rng(0)
-  shaken = jax.tree.map(lambda a: np.float32(a + 0.1 * rng.normal(size=a.shape)), params)
-  return shaken, rest
-
-
-def _pattern(like):
-  """Coefficients of a loss, exact in every dtype."""
-  values = (np.arange(like.size) * 37 % 17 - 8) / 8
-  return jnp.asarray(values.reshape(like.shape), state_dtype(like.dtype))
-
-
-# Examples
-
-
-def flags(b: int, t: int) -> st.SearchStrategy:
-  """Any bool[b, t]."""
-  bits = st.integers(0, 2 ** (b * t) - 1)
-  return bits.map(lambda n: (n >> np.arange(b * t) & 1).astype(bool).reshape(b, t))
-
-
-def masks(b: int, t: int) -> st.SearchStrategy:
-  """No padding, padding on the right, or holes anywhere."""
-  lengths = st.lists(st.integers(1, t), min_size=b, max_size=b)
-  right = lengths.map(lambda n: np.arange(t)[None] < np.array(n)[:, None])
-  return st.one_of(flags(b, t), right, st.just(np.ones((b, t), bool)))
-
-
-def resets(b: int, t: int) -> st.SearchStrategy:
-  sparse = st.tuples(flags(b, t), flags(b, t)).map(lambda pair: pair[0] & pair[1])
-  return st.one_of(sparse, st.just(np.zeros((b, t), bool)))
-
-
-def compositions(total: int, parts: tuple[int, ...] = PIECES) -> list[tuple[int, ...]]:
-  if total == 0:
-    return [()]
-  return [(p, *rest) for p in parts if p <= total for rest in compositions(total - p, parts)]
-
-
-def splits() -> st.SearchStrategy:
-  return st.sampled_from([c for c in compositions(LENGTH) if len(c) > 1])
-
-
-def forms() -> st.SearchStrategy:
-  return st.sampled_from(FORMS)
-
-
-@st.composite
-def cases(draw, name: str, batch: int = BATCH, length: int = LENGTH) -> Case:
-  """An example with a state that a call left behind, or with the first one."""
-  subject, rng = SUBJECTS[name], np.random.default_rng(draw(st.integers(0, 999)))
-
-  def inputs():
-    x = subject.inputs(rng, batch, length)
-    return x.astype(np.int32) if np.issubdtype(x.dtype, np.integer) else _round(x, jnp.bfloat16)
-
-  x, wide = inputs(), bench(name, "float64")
-  state = jax.tree.map(np.asarray, wide.init_state(batch))
-  if draw(st.booleans()):
-    nothing = np.zeros((batch, length), bool)
-    state = wide.trial(Case(inputs(), state, nothing, ~nothing), SIMPLEST).state
-    state = jax.tree.map(lambda a: _round(np.asarray(a), np.float32), state)
-  return Case(x, state, draw(resets(batch, length)), draw(masks(batch, length)))
-
-
-def _round(a, dtype):
-  return a.astype(dtype).astype(a.dtype) if np.issubdtype(a.dtype, np.floating) else a
-
-
-def window(case: Case, start: int, stop: int, state: Any) -> Case:
-  """The tokens from `start` to `stop` of a case, as a call of the same shape."""
-  inside = (np.arange(LENGTH) >= start) & (np.arange(LENGTH) < stop)
-  return case._replace(state=state, mask=case.mask & inside)
-
-
-# Comparing
-
-
-def _widen(a):
-  a = np.asarray(a)
-  return a.astype(np.float64) if jnp.issubdtype(a.dtype, jnp.floating) else a
-
-
-def floats(tree: Any) -> list:
-  return [a for a in jax.tree.leaves(tree) if jnp.issubdtype(a.dtype, jnp.floating)]
-
-
-def counters(tree: Any) -> list:
-  leaves = [a for a in jax.tree.leaves(tree) if a.dtype != jax.dtypes.float0]
-  return [np.asarray(a) for a in leaves if not jnp.issubdtype(a.dtype, jnp.floating)]
-
-
-def error(tree: Any, truth: Any) -> float:
-  """Relative Frobenius error over all leaves; absolute where the truth is zero."""
-  pairs = list(zip(*(map(_widen, floats(t)) for t in (tree, truth)), strict=True))
-  difference = sum(np.sum((a - b) ** 2) for a, b in pairs) ** 0.5
-  scale = sum(np.sum(b**2) for _, b in pairs) ** 0.5
-  return difference / (scale or 1.0)
-
-
-def kinds(outcome: Outcome, real: np.ndarray) -> dict[str, Any]:
-  """The parts of an outcome that are measured separately. Outputs of padding are not among them."""
-  parts = {"outputs": _widen(outcome.y)[real], "gradient of parameters": outcome.parameters}
-  parts |= {f"state {i}": leaf for i, leaf in enumerate(floats(outcome.state))}
-  parts |= {"gradient of inputs": outcome.inputs, "gradient of state": outcome.incoming}
-  parts["statistics"] = outcome.statistics
-  return parts
-
-
-def assert_close(dtype, got: dict, simplest: dict, truth: dict) -> None:
-  """`got` is the truth, as far as the dtype allows; see the module's docstring."""
-  for kind in got:
-    measured, allowed = error(got[kind], truth[kind]), EXACT
-    if dtype != jnp.float64:
-      allowed = 2 * error(simplest[kind], truth[kind]) + 4 * float(jnp.finfo(dtype).eps)
-    assert measured <= allowed, f"{kind} off by {measured:.2g}, allowed {allowed:.2g}"
-
-
-def assert_same_counters(state: Any, expected: Any) -> None:
-  chex.assert_trees_all_equal(counters(state), counters(expected))
-
+from laws_bench import BATCH, LENGTH, SIMPLEST, SUBJECTS, Case, bench, floats, widen
+from laws_cases import window
+from laws_errors import EXACT, assert_close, assert_same_counters, error, kinds, largest
+
+from triform.arch.interface import FORMS, put_rows, state_dtype, take_rows
 
 # Law 1
 
@@ -356,26 +39,6 @@ def absent_means_default(name: str, case: Case, form: str) -> None:
   got = wide.call(case.x, None, form=form)
   assert error(got, (expected.y, expected.state)) <= EXACT
   assert_same_counters(got[1], expected.state)
-
-
-def intermediates(f: Callable, *args: Any) -> list[jax.core.ShapedArray]:
-  """Every value that a traced function computes, loop bodies included."""
-
-  def is_jaxpr(parameter):
-    return hasattr(parameter, "eqns")
-
-  def walk(jaxpr):
-    for equation in jaxpr.eqns:
-      yield from (v.aval for v in equation.outvars)
-      for inner in jax.tree.leaves(equation.params, is_leaf=is_jaxpr):
-        if is_jaxpr(inner):
-          yield from walk(inner)
-
-  return list(walk(jax.make_jaxpr(f)(*args).jaxpr))
-
-
-def largest(f: Callable, *args: Any) -> int:
-  return max(a.size for a in intermediates(f, *args))
 
 
 def forms_are_algorithms(name: str, t: int = 512) -> None:
@@ -416,13 +79,13 @@ def windows_compose(name: str, dtype: str, case: Case, cut: int, piece_forms) ->
   narrow = bench(name, dtype)
   first = narrow.trial(window(case, 0, cut, case.state), piece_forms[0])
   second = narrow.trial(window(case, cut, LENGTH, first.state), piece_forms[1])
-  y = np.concatenate([_widen(first.y)[:, :cut], _widen(second.y)[:, cut:]], axis=1)
+  y = np.concatenate([widen(first.y)[:, :cut], widen(second.y)[:, cut:]], axis=1)
   whole = narrow.trial(case, SIMPLEST)
   truth = bench(name, "float64").trial(case, SIMPLEST)
 
   def parts(y, state):
     states = {f"state {i}": leaf for i, leaf in enumerate(floats(state))}
-    return {"outputs": _widen(y)[case.mask]} | states
+    return {"outputs": widen(y)[case.mask]} | states
 
   assert_close(
     jnp.dtype(dtype), parts(y, second.state), *(parts(o.y, o.state) for o in (whole, truth))
@@ -442,7 +105,7 @@ def padding_is_invisible(name: str, dtype: str, case: Case, form: str, seed: int
     reset=np.where(case.mask, case.reset, rng.random(case.mask.shape) < 0.5),
   )
   first, second = (narrow.trial(c, form, key=key) for c in (case, junk))
-  assert np.all(np.isfinite(_widen(second.y)))
+  assert np.all(np.isfinite(widen(second.y)))
   if SUBJECTS[name].table is None:
     assert not second.inputs[~case.mask].any()
   else:  # other ids fill other rows of the table
@@ -483,7 +146,7 @@ def masked_calls_change_nothing(name: str, dtype: str, case: Case, form: str) ->
   before = narrow.cast_state(negative)
   for new, old in zip(*map(jax.tree.leaves, (outcome.state, before)), strict=True):
     assert new.dtype == old.dtype and np.asarray(new).tobytes() == old.tobytes()
-  assert np.all(np.isfinite(_widen(outcome.y)))
+  assert np.all(np.isfinite(widen(outcome.y)))
 
 
 # Law 4
@@ -525,7 +188,7 @@ def documents_are_windows(name: str, dtype: str, case: Case, cut: int, form: str
 
   def parts(outcome):
     states = {f"state {i}": leaf for i, leaf in enumerate(floats(outcome.state))}
-    return {"outputs": _widen(outcome.y)[alone.mask]} | states
+    return {"outputs": widen(outcome.y)[alone.mask]} | states
 
   got, truth = narrow.trial(packed, form), wide.trial(alone, SIMPLEST)
   assert_close(
@@ -593,7 +256,7 @@ def rows_move(name: str, dtype: str, case: Case, form: str) -> None:
   got = narrow.trial(swapped, form)
   back = put_rows(got.state, order, got.state)
   chex.assert_trees_all_equal(back, outcome.state)
-  chex.assert_trees_all_equal(_widen(got.y)[order][case.mask], _widen(outcome.y)[case.mask])
+  chex.assert_trees_all_equal(widen(got.y)[order][case.mask], widen(outcome.y)[case.mask])
   one = put_rows(state, np.array([0]), take_rows(state, np.array([1])))
   chex.assert_trees_all_equal(
     take_rows(one, np.array([0, 1])), take_rows(state, np.array([1, 1]))

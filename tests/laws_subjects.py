@@ -4,7 +4,7 @@ import functools
 
 import numpy as np
 from flax import nnx
-from laws import distinct_ids, register, vectors
+from laws_bench import distinct_ids, register, vectors
 from toy import ToyBlock
 
 from triform.arch import Block, Retention, RetentionState, RetNet, Stack

@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from triform.arch.data.packing import Documents, PackedWindows, carried_batches, train_batches
+from triform.arch.data.packing import Documents, PackedWindows, carried_batches
 
 BOS, EOS = 1, 2
-KEYS = ("inputs", "targets", "reset", "mask")
+KEYS = ("inputs", "targets", "reset", "mask", "loss_mask")
 
 lengths_of_documents = st.lists(st.integers(0, 12), max_size=8)
 seq_lens = st.integers(1, 9)
@@ -44,13 +44,7 @@ def real_positions(batch):
 def check_types(batch, shape):
   assert set(batch) == set(KEYS)
   assert all(batch[key].shape == shape for key in KEYS)
-  assert [batch[key].dtype for key in KEYS] == [np.int32, np.int32, bool, bool]
-
-
-def as_rows(batch):
-  """One hashable value per window of a batch."""
-  rows = zip(*(batch[key].tolist() for key in KEYS), strict=True)
-  return [tuple(map(tuple, row)) for row in rows]
+  assert [batch[key].dtype for key in KEYS] == [np.int32, np.int32, bool, bool, bool]
 
 
 def test_documents():
@@ -77,13 +71,26 @@ def test_a_small_example():
     "targets": [5, 6, 2, 7],
     "reset": [True, False, False, True],
     "mask": [True, True, True, True],
+    "loss_mask": [True, True, True, True],
   }
   assert {key: windows[1][key].tolist() for key in KEYS} == {
     "inputs": [7, 0, 0, 0],
     "targets": [2, 0, 0, 0],
     "reset": [False, False, False, False],
     "mask": [True, False, False, False],
+    "loss_mask": [True, False, False, False],
   }
+
+
+def test_prompts_are_read_but_not_trained_on():
+  trained = np.array([False, True, True, False])
+  documents = Documents(np.array([5, 6, 7, 8], np.int32), np.array([3, 4]), trained)
+  window = PackedWindows(documents, bos_id=BOS, eos_id=EOS, seq_len=7)[0]
+  assert window["targets"].tolist() == [5, 6, 7, EOS, 8, EOS, 0]
+  assert window["loss_mask"].tolist() == [False, True, True, True, False, True, False]
+  assert window["mask"].tolist() == [True] * 6 + [False]
+  with pytest.raises(ValueError, match="4 flags in trained, got 3"):
+    Documents(documents.tokens, documents.ends, trained[1:])
 
 
 @settings(deadline=None)
@@ -109,64 +116,12 @@ def test_windows_refuse_what_is_not_there():
   for index in (-1, 1):
     with pytest.raises(IndexError, match=r"\[0, 1\)"):
       windows[index]
+
+
+def test_windows_go_to_other_processes():
+  windows = PackedWindows(make_documents([3]), bos_id=BOS, eos_id=EOS, seq_len=4)
   copy = pickle.loads(pickle.dumps(windows))
   assert real_positions(copy[0]) == real_positions(windows[0])
-
-
-def make_batches(documents, **changes):
-  sizes = dict(bos_id=BOS, eos_id=EOS, seq_len=4, batch_size=3, seed=0)
-  return train_batches(documents, **{**sizes, **changes})
-
-
-@settings(deadline=None, max_examples=25)
-@given(
-  lengths=st.lists(st.integers(0, 12), min_size=1, max_size=6),
-  seq_len=seq_lens,
-  batch_size=st.integers(1, 5),
-  seed=st.integers(0, 2**32 - 1),
-)
-def test_every_epoch_sees_every_window_once(lengths, seq_len, batch_size, seed):
-  documents = make_documents(lengths)
-  windows = PackedWindows(documents, bos_id=BOS, eos_id=EOS, seq_len=seq_len)
-  batches = make_batches(documents, seq_len=seq_len, batch_size=batch_size, seed=seed)
-  rows, epochs = [], 2
-  for step in range(-(-epochs * len(windows) // batch_size)):
-    check_types(batches[step], (batch_size, seq_len))
-    rows += as_rows(batches[step])
-  expected = Counter(
-    row for window in windows for row in as_rows({k: v[None] for k, v in window.items()})
-  )
-  for epoch in range(epochs):
-    assert Counter(rows[epoch * len(windows) : (epoch + 1) * len(windows)]) == expected
-
-
-def test_batches_depend_on_seed_and_step_alone():
-  documents = make_documents([7] * 20)
-  batches = make_batches(documents)
-  in_order = [as_rows(batches[step]) for step in range(30)]
-  again = make_batches(documents)
-  assert [as_rows(again[step]) for step in reversed(range(30))] == in_order[::-1]
-  other = make_batches(documents, seed=1)
-  assert [as_rows(other[step]) for step in range(30)] != in_order
-
-
-def test_epochs_are_shuffled_afresh():
-  documents = make_documents([7] * 20)  # 40 windows of 4
-  batches = make_batches(documents, batch_size=40)
-  unshuffled = [
-    as_rows({k: v[None] for k, v in window.items()})[0]
-    for window in PackedWindows(documents, bos_id=BOS, eos_id=EOS, seq_len=4)
-  ]
-  orders = [unshuffled, *(as_rows(batches[epoch]) for epoch in range(4))]
-  for i, order in enumerate(orders):
-    assert sorted(order) == sorted(unshuffled)
-    for other in orders[:i]:
-      # Two random orders of 40 agree in one place on average.
-      assert sum(a == b for a, b in zip(order, other, strict=True)) < 10
-
-
-def test_endless_batches_of_one_have_a_length():
-  assert len(make_batches(make_documents([3]), batch_size=1)) > 10**15
 
 
 @settings(deadline=None)
@@ -197,16 +152,16 @@ def test_sizes_below_one_are_refused(name):
   sizes = dict(bos_id=BOS, eos_id=EOS, seq_len=4, batch_size=2)
   with pytest.raises(ValueError, match=f"{name} >= 1, got 0"):
     carried_batches(documents, **{**sizes, name: 0})
-  if name != "max_tokens":
-    with pytest.raises(ValueError, match=f"{name} >= 1, got 0"):
-      make_batches(documents, **{name: 0})
 
 
-def test_a_negative_seed_is_refused():
-  with pytest.raises(ValueError, match="seed >= 0, got -1"):
-    make_batches(make_documents([3]), seed=-1)
-
-
-def test_training_on_nothing_is_refused():
-  with pytest.raises(ValueError, match="got none"):
-    make_batches(Documents.from_arrays([]))
+def test_stored_documents_are_sent_by_name(tmp_path):
+  documents = make_documents([700, 300])
+  np.save(tmp_path / "tokens.npy", documents.tokens.astype(np.uint16))
+  np.save(tmp_path / "ends.npy", documents.ends)
+  stored = Documents.load(tmp_path)
+  sent = pickle.dumps(stored)
+  assert len(sent) < 500 and pickle.loads(sent).tokens.tolist() == documents.tokens.tolist()
+  sizes = dict(bos_id=BOS, eos_id=EOS, seq_len=9)
+  for a, b in zip(PackedWindows(stored, **sizes), PackedWindows(documents, **sizes), strict=True):
+    check_types(a, (9,))
+    assert {k: v.tolist() for k, v in a.items()} == {k: v.tolist() for k, v in b.items()}

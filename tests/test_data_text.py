@@ -1,4 +1,3 @@
-import dataclasses
 import hashlib
 import sys
 
@@ -112,8 +111,9 @@ def test_load_text(stdlib, tmp_path, tokenizer, vocab_size):
   assert data.tokenizer.vocab_size == vocab_size
   splits = read_back(tmp_path / "data")
   for split in ("train", "validation"):
-    texts = texts_of(getattr(data, split), data.tokenizer)
-    assert sorted(texts) == sorted(splits[split].values())
+    documents = data.validation if split == "validation" else data.train[0]
+    assert sorted(texts_of(documents, data.tokenizer)) == sorted(splits[split].values())
+  assert data.weights == (1.0,)
   assert "tensorflow" not in sys.modules
 
 
@@ -121,8 +121,8 @@ def test_tokenizers_share_a_folder(stdlib, tmp_path):
   in_bytes, in_pieces = (
     load_text(config(tmp_path, tokenizer), 300) for tokenizer in ("bytes", "sentencepiece")
   )
-  assert texts_of(in_bytes.train, in_bytes.tokenizer) == texts_of(
-    in_pieces.train, in_pieces.tokenizer
+  assert texts_of(in_bytes.train[0], in_bytes.tokenizer) == texts_of(
+    in_pieces.train[0], in_pieces.tokenizer
   )
 
 
@@ -146,16 +146,15 @@ def test_load_text_reads_back_what_it_prepared(stdlib, tmp_path, monkeypatch):
   with monkeypatch.context() as patched:
     patched.setattr(ByteTokenizer, "encode", fail)
     second = load_text(config(folder), 257)
-  for split in ("train", "validation"):
-    for field in dataclasses.fields(getattr(first, split)):
-      a, b = (getattr(getattr(data, split), field.name) for data in (first, second))
-      assert isinstance(b, np.memmap)
-      np.testing.assert_array_equal(a, b)
+  for a, b in ((first.train[0], second.train[0]), (first.validation, second.validation)):
+    for name in ("tokens", "ends"):
+      assert isinstance(getattr(b, name).base, np.memmap)
+      np.testing.assert_array_equal(getattr(a, name), getattr(b, name))
   assert {file: file.read_bytes() for file in folder.rglob("*.npy")} == stored
 
   write(stdlib, "module1.py", b"changed")
   changed = load_text(config(folder), 257)
-  assert "changed" in texts_of(changed.train, changed.tokenizer)
+  assert "changed" in texts_of(changed.train[0], changed.tokenizer)
 
 
 def test_folder_comes_from_the_environment(stdlib, tmp_path, monkeypatch):
@@ -167,12 +166,12 @@ def test_folder_comes_from_the_environment(stdlib, tmp_path, monkeypatch):
 def test_losing_a_race_to_build_is_no_error(stdlib, tmp_path, monkeypatch):
   build = PythonStdlib.download_and_prepare
 
-  def build_and_lose(self):
-    build(self)
+  def build_and_lose(self, **options):
+    build(self, **options)
     raise OSError("Directory not empty")
 
   monkeypatch.setattr(PythonStdlib, "download_and_prepare", build_and_lose)
-  assert len(load_text(config(tmp_path / "a"), 257).train) > 0
+  assert len(load_text(config(tmp_path / "a"), 257).train[0]) > 0
 
   def fail(self):
     raise OSError("disk full")
@@ -207,7 +206,7 @@ def test_documents_from_a_folder(tmp_path):
   for path in ("b.txt", "a/z.txt", "a/empty", ".hidden", ".git/config", "a/.cache/x"):
     write(root, path, b"" if path == "a/empty" else path.encode())
   documents = documents_from_path(str(root), ByteTokenizer())
-  assert texts_of(documents, ByteTokenizer()) == ["", "a/z.txt", "b.txt"]
+  assert texts_of(documents, ByteTokenizer()) == ["a/z.txt", "b.txt"]
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,8 @@ import laws_subjects
 import numpy as np
 import pytest
 from flax import nnx
-from laws import BATCH, COMPILER_OPTIONS, EXACT, LENGTH, SUBJECTS, bench, error
+from laws_bench import BATCH, LENGTH, SUBJECTS, bench
+from laws_errors import EXACT, error
 from toy import ToyBlock
 
 from triform import kernels
@@ -146,7 +147,7 @@ def toy_stack(scan):
 def train(scan, form, seed, *, mask=None):
   """Outputs, states and running statistics, the layers first."""
 
-  @functools.partial(jax.jit, compiler_options=COMPILER_OPTIONS)
+  @jax.jit
   def step(variables, x, mask, key):
     stack = nnx.merge(toy_stack(scan)[0], variables)
     y, state = stack(x, form=form, mask=mask, rngs=nnx.Rngs(key))

@@ -21,8 +21,8 @@ from triform.arch.interface import FORMS, Scanned
 from triform.arch.interop import (
   from_fla,
   from_torchscale,
-  from_torchscale_state,
-  to_torchscale_state,
+  state_from_torchscale,
+  state_to_torchscale,
 )
 from triform.arch.layout import split_model
 from triform.kernels.retention import reference
@@ -81,11 +81,11 @@ def test_torchscale(torchscale, form, scan_layers):
     losses = optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], ids[:, 1:])
     return losses.mean(), (logits, state)
 
-
   (_, (logits, state)), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(weights)
   assert error(logits, arrays["logits_recurrent"]) < 1e-5
 
-  cache = to_torchscale_state(model, state)
+  cache, length = state_to_torchscale(model, state)
+  assert length == ids.shape[1]
   for i in range(2):
     for name in ("prev_key_value", "scale"):
       assert error(cache[i][name], arrays[f"state/{i}/{name}"]) < 1e-5
@@ -101,10 +101,10 @@ def test_torchscale_state_continues(torchscale, scan_layers):
   ids = arrays["input_ids"]
   cache = {i: group(arrays, f"state/{i}/") for i in range(2)}
   _, state = run(model, ids)
-  imported = from_torchscale_state(model, cache, ids.shape[1])
+  imported = state_from_torchscale(model, cache, ids.shape[1])
   assert isinstance(imported, Scanned) == scan_layers
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), imported, state)
-  back = to_torchscale_state(model, imported)
+  back, _ = state_to_torchscale(model, imported)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), back, cache)
 
 
@@ -112,7 +112,7 @@ def test_torchscale_state_without_a_scale(torchscale):
   config, params, _ = torchscale
   model = from_torchscale(config, params)
   with pytest.raises(ValueError, match=r"positions are \[0 0\], expected the same in all rows"):
-    to_torchscale_state(model, model.init_state(2))
+    state_to_torchscale(model, model.init_state(2))
 
 
 def test_torchscale_buffers_are_taken_or_computed(torchscale):

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given
-from laws import COMPILER_OPTIONS, EXACT, error, flags, intermediates, largest, masks, resets
+from laws_cases import flags, masks, resets
+from laws_errors import EXACT, error, intermediates, largest
 
 from triform import kernels
 from triform.kernels.retention import FORMS, reference
@@ -21,14 +22,14 @@ HEADS = {"[h]": (4, 2), "[b, t, h]": (3, 1)}  # query heads, key/value heads, by
 EPS = {dtype: float(jnp.finfo(dtype).eps) for dtype in ("bfloat16", "float32")}
 
 
-@functools.partial(jax.jit, static_argnames="form", compiler_options=COMPILER_OPTIONS)
+@functools.partial(jax.jit, static_argnames="form")
 def retention(q, k, v, log_decay, state, reset, mask, form):
   return kernels.retention(
     q, k, v, log_decay, state=state, reset=reset, mask=mask, form=form, chunk_size=CHUNK
   )
 
 
-@functools.partial(jax.jit, static_argnames="form", compiler_options=COMPILER_OPTIONS)
+@functools.partial(jax.jit, static_argnames="form")
 def gradients(arrays, cotangents, reset, mask, form):
   def loss(arrays):
     out = retention.__wrapped__(*arrays, reset, mask, form)

@@ -6,10 +6,12 @@ import laws
 import laws_subjects  # noqa: F401  imported for its `register` calls
 import pytest
 from hypothesis import given
-from laws import BATCH, DTYPES, LENGTH, PIECES, SHAPES, SUBJECTS, cases, forms, splits
+from laws_bench import BATCH, LENGTH, SUBJECTS, bench
+from laws_cases import PIECES, SHAPES, cases, forms, splits
 
 from triform.arch.interface import FORMS
 
+DTYPES = ("float32", "bfloat16", "float64")
 SEEDS = st.integers(0, 999)
 ROWS, TOKENS = st.integers(0, BATCH - 1), st.integers(0, LENGTH - 1)
 CUTS = st.integers(1, LENGTH - 1)
@@ -21,7 +23,7 @@ FAR = st.sampled_from([1_000_000, 2**31 - 3, 2**32 - LENGTH - 1])
 @pytest.fixture(scope="module", params=SUBJECTS)
 def name(request):
   yield request.param
-  laws.bench.cache_clear()
+  bench.cache_clear()
   jax.clear_caches()
 
 

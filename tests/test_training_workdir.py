@@ -123,7 +123,7 @@ def test_foreign_folders_are_refused(tmp_path):
   (tmp_path / "notes.txt").write_text("mine")
   with pytest.raises(ValueError, match=f"{tmp_path} is not empty and has no config.json"):
     prepare(tmp_path, make_config())
-  with pytest.raises(ValueError, match=r"notes.txt cannot be used: .*File exists"):
+  with pytest.raises(ValueError, match=r"notes.txt cannot be used: .*Not a directory"):
     prepare(tmp_path / "notes.txt", make_config())
   with pytest.raises(ValueError, match=r"cannot be used: .*Not a directory"):
     prepare(tmp_path / "notes.txt" / "run", make_config())

@@ -4,7 +4,6 @@ About 12 MB of clean, varied, well-commented text that lies on every machine whi
 library, so a language model can be trained with no download at all. One document per `.py` file.
 """
 
-import hashlib
 import itertools
 import sys
 import sysconfig
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import tensorflow_datasets as tfds
 
+from .documents import is_held_out
 from .files import content_hash
 
 # Test suites would be three fifths of the bytes; the packages folders hold what users installed.
@@ -39,11 +39,6 @@ def _read_documents(root: Path) -> dict[str, str]:
       if text:
         documents[path.as_posix()] = text
   return documents
-
-
-def _is_validation(path: str) -> bool:
-  """Holds out one file in 16, the same ones on every machine."""
-  return hashlib.sha256(path.encode("utf-8")).digest()[0] % 16 == 0
 
 
 class PythonStdlib(tfds.core.GeneratorBasedBuilder):
@@ -89,11 +84,11 @@ class PythonStdlib(tfds.core.GeneratorBasedBuilder):
 
   def _generate_examples(self, validation: bool):
     for path, text in self._documents.items():
-      if _is_validation(path) == validation:
+      if is_held_out(path) == validation:
         yield path, {"path": path, "text": text}
 
 
 def held_out_text() -> bytes:
   """The validation documents, one after another."""
   documents = _read_documents(stdlib_root())
-  return "".join(text for path, text in documents.items() if _is_validation(path)).encode()
+  return "".join(text for path, text in documents.items() if is_held_out(path)).encode()

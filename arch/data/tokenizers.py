@@ -15,7 +15,7 @@ import functools
 import hashlib
 import io
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -151,27 +151,31 @@ class SentencePieceTokenizer(Tokenizer):
 
 
 def train_sentencepiece(
-  texts: Iterable[str], vocab_size: int, cache_dir: str | Path
+  texts: Iterable[str], vocab_size: int, cache_dir: str | Path, key: str | None = None
 ) -> SentencePieceTokenizer:
   """Trains a BPE model of exactly `vocab_size` ids, or reads it if it was trained before.
 
-  The model is kept in `cache_dir` under a hash of the texts, the size and the settings. The size
-  includes 256 bytes and three special ids; a text too small or too uniform for the rest is a
+  The model is kept in `cache_dir` under a hash of the texts, the size and the settings; where a
+  `key` names the texts, it stands for them, and they are read only if the model is not there. The
+  size includes 256 bytes and three special ids; a text too small or too uniform for the rest is a
   ValueError.
   """
-  texts = list(texts)
+  texts = list(texts) if key is None else texts
   settings = {**_TRAINER_SETTINGS, "vocab_size": vocab_size}
   recipe = repr((sentencepiece.__version__, sorted(settings.items())))
-  path = Path(cache_dir) / f"sentencepiece-{content_hash([recipe, *texts])}.model"
+  named = texts if key is None else [key]
+  path = Path(cache_dir) / f"sentencepiece-{content_hash([recipe, *named])}.model"
   if not path.exists():
     model = io.BytesIO()
+    chunks = list(_chunks(texts))  # the trainer would hide an error of theirs in one of its own
     try:
       sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=_chunks(texts), model_writer=model, minloglevel=2, **settings
+        sentence_iterator=iter(chunks), model_writer=model, minloglevel=2, **settings
       )
     except RuntimeError as error:
+      reason = str(error).rpartition("] ")[2]  # after the place in its source and the condition
       raise ValueError(
-        f"cannot train a sentencepiece model of vocab_size={vocab_size} on this text: {error}"
+        f"cannot train a sentencepiece model of vocab_size={vocab_size} on this text: {reason}"
       ) from error
     with atomic_write(path) as file:
       file.write(model.getvalue())
@@ -213,7 +217,7 @@ def _save_description(folder: Path, kind: str) -> None:
     file.write(json.dumps({"type": kind}).encode())
 
 
-def _chunks(texts: Sequence[str]) -> Iterator[str]:
+def _chunks(texts: Iterable[str]) -> Iterator[str]:
   for text in texts:
     for start in range(0, len(text), _CHUNK_CHARACTERS):
       yield text[start : start + _CHUNK_CHARACTERS]

@@ -1,15 +1,35 @@
-"""Weights published elsewhere as models of this library.
+"""Weights published elsewhere as models of this library, and back.
 
-`from_torchscale(config, params)` and `from_fla(config, params)` take the source's own option
-names and state dict (as NumPy arrays) and return a `RetNet`, called like any other model:
+`load_fla(path)` reads a Hugging Face model of flash-linear-attention; `from_torchscale(config,
+params)` and `from_fla(config, params)` take the source's own option names and state dict (as
+NumPy arrays). They return a `RetNet`, called like any other model:
 
-    logits, state = from_fla(config, params)(ids, form="chunkwise")
+    logits, state = load_fla("retnet-1.3B-100B")(ids, form="chunkwise")
 
 Every parameter must be used exactly once, and an option that changes the function is either
-computed or refused by name: an import that returns is the published function.
+computed or refused by name: an import that returns is the published function. `to_torchscale`,
+`to_fla` and `save_fla` are the inverses, and `state_to_...` and `state_from_...` convert what is
+carried along a sequence, so that one library goes on where the other stopped.
 """
 
-from .fla import from_fla
-from .torchscale import from_torchscale, from_torchscale_state, to_torchscale_state
+from .fla import from_fla, state_from_fla, state_to_fla, to_fla
+from .huggingface import load_fla, save_fla
+from .torchscale import (
+  from_torchscale,
+  state_from_torchscale,
+  state_to_torchscale,
+  to_torchscale,
+)
 
-__all__ = ["from_fla", "from_torchscale", "from_torchscale_state", "to_torchscale_state"]
+__all__ = [
+  "from_fla",
+  "from_torchscale",
+  "load_fla",
+  "save_fla",
+  "state_from_fla",
+  "state_from_torchscale",
+  "state_to_fla",
+  "state_to_torchscale",
+  "to_fla",
+  "to_torchscale",
+]

@@ -1,4 +1,4 @@
-"""What the importers share: reading published parameters strictly, and filling a model."""
+"""What importers and exporters share: reading published parameters strictly, and naming ours."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -6,25 +6,42 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
-from ..interface import SequenceModule
-from ..layout import from_stacked, split_model
+from ..interface import Scanned
+from ..layout import by_stacked_name, split_model
+from ..mixers.retention import RetentionState
+from ..models.retnet import RetNet
+from ..tensors import Tensor
 
 NAMES_SHOWN = 12
 
 
 class Weight(NamedTuple):
-  """Where one parameter of a published checkpoint goes."""
+  """Where one parameter of a published checkpoint goes, and how it gets there and back."""
 
   target: str  # path in our model, see `arch.layout`
   shape: tuple[int, ...]  # in the checkpoint
-  convert: Callable[[np.ndarray], np.ndarray] = lambda array: array
+  # Both transpose, whatever else they do: PyTorch keeps linear layers as (out, in), Flax (in, out).
+  convert: Callable[[np.ndarray], np.ndarray] | None = None
+  revert: Callable[[np.ndarray], np.ndarray] | None = None
 
 
 def transposed(target: str, *shape: int) -> Weight:
-  """A linear layer: PyTorch keeps `(out, in)`, Flax `(in, out)`."""
-  return Weight(f"{target}/kernel", shape, np.transpose)
+  """A linear layer."""
+  return Weight(f"{target}/kernel", shape, np.transpose, np.transpose)
+
+
+class Table(NamedTuple):
+  """All parameters of a published model."""
+
+  source: str  # the library
+  weights: Mapping[str, Weight]
+  layer_weights: Mapping[str, Weight]  # of every layer
+  num_layers: int
+  layer_prefix: str
+
+  def layer_name(self, name: str, layer: int) -> str:
+    return f"{self.layer_prefix}{layer}.{name}"
 
 
 def read_config(
@@ -44,22 +61,15 @@ def read_config(
   return settings
 
 
-def convert(
-  source: str,
-  params: Mapping[str, Any],
-  weights: Mapping[str, Weight],
-  layer_weights: Mapping[str, Weight],
-  num_layers: int,
-  layer_prefix: str,
-) -> dict[str, Any]:
-  """The arrays of a checkpoint by their path in our model, a list for one that every layer has.
+def convert(params: Mapping[str, Any], table: Table) -> dict[str, Tensor]:
+  """The arrays of a checkpoint by their path in our model, the layers stacked.
 
-  Raises `ValueError` naming every parameter that is missing, unexpected, or of a wrong shape:
-  each must be used exactly once.
+  They are read and converted when they are asked for. Raises `ValueError` naming every parameter
+  that is missing, unexpected, or of a wrong shape: each must be used exactly once.
   """
-  expected = dict(weights)
-  for i in range(num_layers):
-    expected |= {f"{layer_prefix}{i}.{name}": weight for name, weight in layer_weights.items()}
+  expected = dict(table.weights)
+  for i in range(table.num_layers):
+    expected |= {table.layer_name(name, i): weight for name, weight in table.layer_weights.items()}
   problems = []
   for what, names in (
     ("missing", expected.keys() - params.keys()),
@@ -72,16 +82,53 @@ def convert(
     if shape != expected[name].shape:
       problems.append(f"{name} has shape {list(shape)}, expected {list(expected[name].shape)}")
   if problems:
-    raise ValueError(f"parameters do not fit the {source} config; {'; '.join(problems)}")
+    raise ValueError(f"parameters do not fit the {table.source} config; {'; '.join(problems)}")
 
-  leaves: dict[str, Any] = {
-    weight.target: weight.convert(np.asarray(params[name])) for name, weight in weights.items()
-  }
-  for name, weight in layer_weights.items():
-    leaves[weight.target] = [
-      weight.convert(np.asarray(params[f"{layer_prefix}{i}.{name}"])) for i in range(num_layers)
+  leaves = {w.target: _converted(w, params[name]) for name, w in table.weights.items()}
+  for name, weight in table.layer_weights.items():
+    layers = [
+      _converted(weight, params[table.layer_name(name, i)]) for i in range(table.num_layers)
     ]
+    leaves[weight.target] = _stacked(layers)
   return leaves
+
+
+def revert(model: RetNet, table: Table) -> dict[str, Tensor]:
+  """The inverse of `convert`: the parameters of a model by their names in the checkpoint."""
+  _, params, _ = split_model(model)
+  leaves = by_stacked_name({"params": params})
+  tensors = {name: _reverted(w, leaves[w.target]) for name, w in table.weights.items()}
+  for i in range(table.num_layers):
+    for name, weight in table.layer_weights.items():
+      tensors[table.layer_name(name, i)] = _reverted(weight, leaves[weight.target], i)
+  return tensors
+
+
+def _converted(weight: Weight, array: Any) -> Tensor:
+  if weight.convert is None:
+    return Tensor(weight.shape, array.dtype, lambda: np.asarray(array))
+  return Tensor(weight.shape[::-1], array.dtype, lambda: weight.convert(np.asarray(array)))
+
+
+def _stacked(layers: list[Tensor]) -> Tensor:
+  shape, dtype = (len(layers), *layers[0].shape), layers[0].dtype
+
+  def read() -> np.ndarray:
+    whole = np.zeros(shape, dtype)
+    for i, layer in enumerate(layers):
+      whole[i] = layer
+    return whole
+
+  return Tensor(shape, dtype, read)
+
+
+def _reverted(weight: Weight, leaf: Any, *layer: int) -> Tensor:
+  def read() -> np.ndarray:
+    array = np.asarray(leaf[layer[0]] if layer else leaf)
+    return array if weight.revert is None else weight.revert(array)
+
+  first = leaf[0] if isinstance(leaf, list) else leaf
+  return Tensor(weight.shape, first.dtype, read)
 
 
 def tied(params: Mapping[str, Any], embedding: str, head: str) -> dict[str, Any]:
@@ -93,26 +140,85 @@ def tied(params: Mapping[str, Any], embedding: str, head: str) -> dict[str, Any]
   return params
 
 
-def param_dtype(params: Mapping[str, Any]) -> np.dtype:
+def param_dtype(params: Mapping[str, Any]) -> str:
   """Dtype to hold `params` in: at least float32, and float64 only where JAX has it enabled."""
   widest = np.dtype(np.float32)
   for array in params.values():
-    widest = jnp.promote_types(widest, np.asarray(array).dtype)
-  return jax.dtypes.canonicalize_dtype(widest)
+    widest = jnp.promote_types(widest, array.dtype)
+  return jax.dtypes.canonicalize_dtype(widest).name
 
 
-def fill(abstract: SequenceModule, leaves: Mapping[str, Any]) -> SequenceModule:
-  """`abstract`, a model from `nnx.eval_shape`, with the arrays of `leaves` in it."""
-  graphdef, params, variables = split_model(abstract)
-  like = {"params": params, "variables": variables}
+def describe(model: RetNet, **expected) -> dict[str, Any]:
+  """The options of `RetNet` that say which function `model` is.
 
-  def place(leaf, value):  # copies: on CPU an asarray may share the caller's memory
-    if isinstance(value, list):
-      return jnp.stack([jnp.array(layer, leaf.dtype) for layer in value])
-    return jnp.array(value, leaf.dtype)
+  Raises `ValueError` naming one that is not as `expected`, all that the other library computes.
+  """
+  layer = model.stack.layers if model.stack.scan else model.stack.layers[0]
+  mixer = layer.mixer
+  options = {
+    "vocab_size": model.vocab_size,
+    "d_model": model.embedding.features,
+    "num_layers": model.stack.num_layers,
+    "num_heads": mixer.num_heads,
+    "num_kv_heads": mixer.num_kv_heads,
+    "key_dim": mixer.num_heads * mixer.key_size,
+    "value_dim": mixer.num_heads * mixer.value_size,
+    "ffn_dim": layer.feed_forward.input.out_features,
+    "activation": layer.feed_forward.activation,
+    "decay": mixer.decay,
+    "dialect": mixer.dialect,
+    "embedding_scale": model.embedding_scale,
+    "tie_embeddings": model.head is None,
+    "eps": mixer.eps,
+    "param_dtype": model.embedding.embedding[...].dtype.name,
+  }
+  for name, value in {"decay": "fixed", **expected}.items():
+    if options[name] != value:
+      raise ValueError(f"{name} is {options[name]!r}, which cannot be exported; expected {value!r}")
+  return options
 
-  filled = jax.tree.map(place, like, from_stacked(dict(leaves), like))
-  return nnx.merge(graphdef, filled["params"], filled["variables"])
+
+def log_decay(model: RetNet) -> np.ndarray:  # [h]
+  """The fixed decays, which all layers share."""
+  layers = model.stack.layers
+  mixer = layers.mixer if model.stack.scan else layers[0].mixer
+  return np.asarray(mixer.log_decay[0 if model.stack.scan else ...])
+
+
+def rotary_steps(model: RetNet) -> np.ndarray:  # uint32[k/2]
+  """Angles per token in 2**-32 turns, which all layers share."""
+  layers = model.stack.layers
+  mixer = layers.mixer if model.stack.scan else layers[0].mixer
+  return np.asarray(mixer.rotary_steps[0 if model.stack.scan else ...])
+
+
+def layer_states(model: RetNet, state: Any) -> tuple[list[np.ndarray], int]:
+  """`kv` `[b, h, k, v]` of every layer, and the number of tokens that every row has seen."""
+  if model.stack.scan:
+    states = [RetentionState(*(a[i] for a in state.layers)) for i in range(model.stack.num_layers)]
+  else:
+    states = state
+  positions = np.asarray(states[0].position)
+  if positions.min() != positions.max() or positions[0] == 0:
+    raise ValueError(f"positions are {positions}, expected the same in all rows, at least 1")
+  return [np.asarray(layer.kv) for layer in states], int(positions[0])
+
+
+def model_state(model: RetNet, kvs: list[np.ndarray], length: int) -> Any:
+  """The inverse of `layer_states`."""
+  if len(kvs) != model.stack.num_layers:
+    raise ValueError(f"the cache has {len(kvs)} layers, expected {model.stack.num_layers}")
+  like = jax.eval_shape(lambda: model.init_state(len(kvs[0])))
+  kv_like = like.layers.kv if model.stack.scan else like[0].kv
+  shape = kv_like.shape[-4:]
+  for i, kv in enumerate(kvs):
+    if kv.shape != shape:
+      raise ValueError(f"the state of layer {i} is {list(kv.shape)}, expected {list(shape)}")
+  position = jnp.full(shape[0], length, jnp.uint32)
+  states = [RetentionState(jnp.array(kv, kv_like.dtype), position) for kv in kvs]
+  if model.stack.scan:
+    return Scanned(jax.tree.map(lambda *layers: jnp.stack(layers), *states))
+  return tuple(states)
 
 
 def _listed(names: list[str]) -> str:

@@ -1,16 +1,30 @@
 """RetNet checkpoints of flash-linear-attention (fla), as on the Hugging Face hub."""
 
+import functools
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from flax import nnx
 
-from triform import kernels
-
-from ..mixers.retention import log_decays, rotary_angles
+from ..assembly import fill
+from ..mixers.retention import log_decays
 from ..models.retnet import RetNet
-from .checkpoint import Weight, convert, fill, param_dtype, read_config, tied, transposed
+from ..tensors import Tensor
+from .checkpoint import (
+  Table,
+  Weight,
+  convert,
+  describe,
+  layer_states,
+  log_decay,
+  model_state,
+  param_dtype,
+  read_config,
+  revert,
+  tied,
+  transposed,
+)
 
 DEFAULTS = {
   "hidden_size": 2048,
@@ -40,11 +54,9 @@ FUSED_NORM, PLAIN_NORM = "attn.g_norm_swish_gate.weight", "attn.g_norm.weight"
 
 
 def from_fla(config: Mapping[str, Any], params: Mapping[str, Any], **options) -> RetNet:
-  """The language model of an fla RetNet checkpoint.
+  """The language model of an fla RetNet checkpoint in memory; `load_fla` reads one from disk.
 
-      config = json.loads(Path("config.json").read_text())
-      model = from_fla(config, safetensors.numpy.load_file("model.safetensors"))
-      logits, state = model(ids, form="chunkwise")
+      logits, state = from_fla(config, params)(ids, form="chunkwise")
 
   Args:
     config: `config.json`, or any part of it; what is missing has fla's default. Options of
@@ -52,18 +64,53 @@ def from_fla(config: Mapping[str, Any], params: Mapping[str, Any], **options) ->
     params: the state dict as NumPy arrays, several files merged into one mapping. Both layouts
       of the feed-forward are read: `gate_proj` and `up_proj`, and those of before February
       2025, where `gate_proj` holds both. Held in float32, or in float64 if they are that and
-      JAX has it enabled.
-    **options: passed to `RetNet`: `scan_layers`, `chunk_size`, `dtype`, `dropout`.
+      JAX has it enabled, unless `param_dtype` is given.
+    **options: passed to `RetNet`: `scan_layers`, `chunk_size`, `dtype`, `param_dtype`, `dropout`.
 
   Raises:
     ValueError: for an option that is not supported, or parameters that are missing, left over,
       or of a wrong shape, all by name.
   """
+  model, leaves = read(config, params)
+  return fill({**model, "param_dtype": param_dtype(params), **options}, leaves)
+
+
+def to_fla(model: RetNet) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+  """The inverse of `from_fla`: `config.json` and the state dict of the same function in fla.
+
+  Raises `ValueError` for a model that fla's RetNet cannot be, naming the option.
+  """
+  config, params = write(model)
+  return config, {name: np.asarray(tensor) for name, tensor in params.items()}
+
+
+def state_to_fla(model: RetNet, state: Any) -> tuple[dict[int, dict[str, np.ndarray]], int]:
+  """The cache with which fla goes on after `state` of `model`, and the tokens seen before it.
+
+  Per layer `recurrent_state` `[b, h, k, v]`, whose keys fla does not scale: it scales the queries.
+  All rows must have seen the same number of tokens, at least one.
+  """
+  kvs, length = layer_states(model, state)
+  scale = math.sqrt(kvs[0].shape[-2])
+  return {i: {"recurrent_state": kv * kv.dtype.type(scale)} for i, kv in enumerate(kvs)}, length
+
+
+def state_from_fla(model: RetNet, cache: Mapping[int, Any], length: int) -> Any:
+  """The state of `model` for fla's `cache` after `length` tokens; inverse of `state_to_fla`."""
+  kvs = [np.asarray(cache[i]["recurrent_state"]) for i in range(len(cache))]
+  scale = math.sqrt(kvs[0].shape[-2])
+  return model_state(model, [kv / kv.dtype.type(scale) for kv in kvs], length)
+
+
+def read(
+  config: Mapping[str, Any], params: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+  """The `model` section, and the leaves by name as in `arch.layout`, of a checkpoint."""
   settings = read_config(config, DEFAULTS, SUPPORTED)
-  tied_output = settings["tie_word_embeddings"]
-  if tied_output:
+  if settings["tie_word_embeddings"]:
     params = tied(params, EMBEDDING, HEAD)
-  sizes = {
+  model = {
+    "architecture": "retnet",
     "vocab_size": settings["vocab_size"],
     "d_model": settings["hidden_size"],
     "num_layers": settings["num_hidden_layers"],
@@ -72,83 +119,95 @@ def from_fla(config: Mapping[str, Any], params: Mapping[str, Any], **options) ->
     "key_dim": round(settings["hidden_size"] * settings["expand_k"]),
     "value_dim": round(settings["hidden_size"] * settings["expand_v"]),
     "ffn_dim": settings["intermediate_size"] or _default_ffn_dim(settings),
+    "activation": "silu",
+    "dialect": "fla",
+    "embedding_scale": 1.0,
+    "tie_embeddings": settings["tie_word_embeddings"],
+    "eps": settings["norm_eps"],
   }
-
-  abstract = nnx.eval_shape(
-    lambda: RetNet(
-      **sizes,
-      activation="silu",
-      dialect="fla",
-      embedding_scale=1.0,
-      tie_embeddings=tied_output,
-      eps=settings["norm_eps"],
-      param_dtype=param_dtype(params),
-      **options,
-      rngs=nnx.Rngs(0),
-    )
-  )
-  return fill(abstract, _leaves(params, tied_output, **sizes))
+  params = _split_fused_gates(params, model["num_layers"], model["ffn_dim"])
+  fused = f"{LAYERS}0.{PLAIN_NORM}" not in params
+  return model, convert(params, _table(model, fused_norm=fused))
 
 
-def _leaves(
-  params,
-  tied_output,
-  *,
-  vocab_size,
-  d_model,
-  num_layers,
-  num_heads,
-  num_kv_heads,
-  key_dim,
-  value_dim,
-  ffn_dim,
-):
-  """The arrays of an fla checkpoint by their path in `RetNet`."""
-  d, f = d_model, ffn_dim
-  key_size, value_size = key_dim // num_heads, value_dim // num_heads
-  norm = PLAIN_NORM if f"{LAYERS}0.{PLAIN_NORM}" in params else FUSED_NORM
+def write(model: RetNet) -> tuple[dict[str, Any], dict[str, Tensor]]:
+  """`config.json` and the parameters, not read yet, of `model` in fla."""
+  options = describe(model, dialect="fla", activation="silu", embedding_scale=1.0)
+  if not np.allclose(log_decay(model), log_decays(options["num_heads"], "geometric"), rtol=1e-6):
+    raise ValueError("the decays are not the geometric ones, the only ones that fla has")
+  d = options["d_model"]
+  config = {
+    "model_type": "retnet",
+    "architectures": ["RetNetForCausalLM"],
+    "hidden_size": d,
+    "expand_k": _ratio(options["key_dim"], d),
+    "expand_v": _ratio(options["value_dim"], d),
+    "intermediate_size": options["ffn_dim"],
+    "num_hidden_layers": options["num_layers"],
+    "num_heads": options["num_heads"],
+    "num_kv_heads": options["num_kv_heads"],
+    "norm_eps": options["eps"],
+    "tie_word_embeddings": options["tie_embeddings"],
+    "vocab_size": options["vocab_size"],
+    "fuse_norm": True,
+    "torch_dtype": options["param_dtype"],
+    **{name: values[0] for name, values in SUPPORTED.items()},
+  }
+  return config, revert(model, _table(options, fused_norm=True))
+
+
+def _table(model: Mapping[str, Any], *, fused_norm: bool) -> Table:
+  d, f = model["d_model"], model["ffn_dim"]
+  key_dim, value_dim, heads = model["key_dim"], model["value_dim"], model["num_heads"]
+  key_size, value_size = key_dim // heads, value_dim // heads
+  kv_heads = model["num_kv_heads"]
   block = "params/stack/layers"
   layer_weights = {
     "attn_norm.weight": Weight(f"{block}/mixer_norm/scale", (d,)),
     "attn.q_proj.weight": transposed(f"{block}/mixer/query", key_dim, d),
-    "attn.k_proj.weight": transposed(f"{block}/mixer/key", num_kv_heads * key_size, d),
-    "attn.v_proj.weight": transposed(f"{block}/mixer/value", num_kv_heads * value_size, d),
+    "attn.k_proj.weight": transposed(f"{block}/mixer/key", kv_heads * key_size, d),
+    "attn.v_proj.weight": transposed(f"{block}/mixer/value", kv_heads * value_size, d),
     "attn.g_proj.weight": transposed(f"{block}/mixer/gate", value_dim, d),
     "attn.o_proj.weight": transposed(f"{block}/mixer/output", d, value_dim),
-    norm: Weight(f"{block}/mixer/norm_weight", (value_size,)),
+    FUSED_NORM if fused_norm else PLAIN_NORM: Weight(f"{block}/mixer/norm_weight", (value_size,)),
     "mlp_norm.weight": Weight(f"{block}/feed_forward_norm/scale", (d,)),
     "mlp.gate_proj.weight": transposed(f"{block}/feed_forward/input", f, d),
     "mlp.up_proj.weight": transposed(f"{block}/feed_forward/gate", f, d),
     "mlp.down_proj.weight": transposed(f"{block}/feed_forward/output", d, f),
   }
   weights = {
-    EMBEDDING: Weight("params/embedding/embedding", (vocab_size, d)),
+    EMBEDDING: Weight("params/embedding/embedding", (model["vocab_size"], d)),
     "model.norm.weight": Weight("params/norm/scale", (d,)),
   }
-  if not tied_output:
-    weights[HEAD] = transposed("params/head", vocab_size, d)
-  params = _split_fused_gates(params, num_layers, ffn_dim)
-  leaves = convert("fla", params, weights, layer_weights, num_layers, LAYERS)
-  buffers = {  # fla computes both and saves neither
-    "log_decay": log_decays(num_heads, "geometric"),
-    "rotary_steps": kernels.rotary_steps(rotary_angles(key_size, "fla")),
-  }
-  for name, buffer in buffers.items():
-    leaves[f"variables/stack/layers/mixer/{name}"] = [buffer] * num_layers
-  return leaves
+  if not model["tie_embeddings"]:
+    weights[HEAD] = transposed("params/head", model["vocab_size"], d)
+  return Table("fla", weights, layer_weights, model["num_layers"], LAYERS)
 
 
-def _split_fused_gates(params, num_layers, ffn_dim):
+def _split_fused_gates(params: Mapping[str, Any], num_layers: int, ffn_dim: int) -> dict[str, Any]:
   """`params` with every `gate_proj` of the layout of before February 2025 cut in its halves."""
   params = dict(params)
+
+  def half(both: Any, start: int) -> np.ndarray:
+    return np.asarray(both)[start : start + ffn_dim]
+
   for i in range(num_layers):
     gate, up = (f"{LAYERS}{i}.mlp.{name}.weight" for name in ("gate_proj", "up_proj"))
-    if gate in params and up not in params and len(params[gate]) == 2 * ffn_dim:
-      params[gate], params[up] = np.split(np.asarray(params[gate]), 2)
+    both = params.get(gate)
+    if both is not None and up not in params and both.shape[0] == 2 * ffn_dim:
+      shape = (ffn_dim, *both.shape[1:])
+      params[gate] = Tensor(shape, both.dtype, functools.partial(half, both, 0))
+      params[up] = Tensor(shape, both.dtype, functools.partial(half, both, ffn_dim))
   return params
 
 
-def _default_ffn_dim(settings):
+def _default_ffn_dim(settings: Mapping[str, Any]) -> int:
   """fla's width: 2/3 of `hidden_ratio` times the model's, rounded up to a multiple of 256."""
   wide = int(settings["hidden_size"] * (settings["hidden_ratio"] or 4) * 2 / 3)
   return -(-wide // 256) * 256
+
+
+def _ratio(width: int, d_model: int) -> float:
+  """`width / d_model`, such that fla's `int(d_model * ratio)` is `width` again."""
+  ratio = width / d_model
+  return ratio if int(d_model * ratio) == width else math.nextafter(ratio, math.inf)

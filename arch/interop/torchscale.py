@@ -4,17 +4,28 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from triform import kernels
 
-from ..interface import Scanned
-from ..mixers.retention import RetentionState, log_decays, rotary_angles
+from ..assembly import fill
+from ..mixers.retention import log_decays, rotary_angles
 from ..models.retnet import RetNet
-from .checkpoint import Weight, convert, fill, param_dtype, read_config, tied, transposed
+from .checkpoint import (
+  Table,
+  Weight,
+  convert,
+  describe,
+  layer_states,
+  log_decay,
+  model_state,
+  param_dtype,
+  read_config,
+  revert,
+  rotary_steps,
+  tied,
+  transposed,
+)
 
 DEFAULTS = {
   "decoder_embed_dim": 768,
@@ -39,7 +50,6 @@ SUPPORTED = {
 ACTIVATIONS = {"swish": "silu", "gelu": "gelu", "relu": "relu"}
 EMBEDDING, HEAD = "embed_tokens.weight", "output_projection.weight"
 ANGLE, DECAY = "retnet_rel_pos.angle", "retnet_rel_pos.decay"
-BUFFERS = "variables/stack/layers/mixer"
 
 
 def from_torchscale(config: Mapping[str, Any], params: Mapping[str, Any], **options) -> RetNet:
@@ -60,13 +70,65 @@ def from_torchscale(config: Mapping[str, Any], params: Mapping[str, Any], **opti
       (`activation_fn="swish"`, `no_scale_embedding=False`), and its arguments hold them.
       Options of training and speed (dropout, chunk size) are ignored.
     params: the state dict as NumPy arrays, names with or without `decoder.` in front. Held in
-      float32, or in float64 if they are that and JAX has it enabled.
-    **options: passed to `RetNet`: `scan_layers`, `chunk_size`, `dtype`, `dropout`.
+      float32, or in float64 if they are that and JAX has it enabled, unless `param_dtype` is
+      given.
+    **options: passed to `RetNet`: `scan_layers`, `chunk_size`, `dtype`, `param_dtype`, `dropout`.
 
   Raises:
     ValueError: for an option that is not supported, the layout torchscale had before October
       2023, or parameters that are missing, left over, or of a wrong shape, all by name.
   """
+  model, leaves = read(config, params)
+  return fill({**model, "param_dtype": param_dtype(params), **options}, leaves)
+
+
+def to_torchscale(model: RetNet) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+  """The inverse of `from_torchscale`: options and state dict of the same function in torchscale.
+
+      config, params = to_torchscale(model)
+      decoder = RetNetDecoder(RetNetConfig(**config), embed_tokens)
+      decoder.load_state_dict({name: torch.tensor(array) for name, array in params.items()})
+
+  Raises `ValueError` for a model that torchscale's RetNet cannot be, naming the option.
+  """
+  options = describe(model, dialect="torchscale")
+  d = options["d_model"]
+  for name, expected in (
+    ("num_kv_heads", {options["num_heads"]}),
+    ("key_dim", {d}),
+    ("embedding_scale", {1.0, d**0.5}),
+    ("activation", set(ACTIVATIONS.values())),
+  ):
+    if options[name] not in expected:
+      known = " or ".join(map(repr, sorted(expected)))
+      raise ValueError(f"{name} is {options[name]!r}, which torchscale has not; expected {known}")
+  names = {ours: theirs for theirs, ours in ACTIVATIONS.items()}
+  config = {
+    "decoder_embed_dim": d,
+    "decoder_value_embed_dim": options["value_dim"],
+    "decoder_retention_heads": options["num_heads"],
+    "decoder_ffn_embed_dim": options["ffn_dim"],
+    "decoder_layers": options["num_layers"],
+    "activation_fn": names[options["activation"]],
+    "no_scale_embedding": options["embedding_scale"] == 1.0,
+    "share_decoder_input_output_embed": options["tie_embeddings"],
+    "layernorm_eps": options["eps"],
+    "vocab_size": options["vocab_size"],
+    **{name: values[0] for name, values in SUPPORTED.items()},
+  }
+  params = {name: np.asarray(tensor) for name, tensor in revert(model, _table(options)).items()}
+  if options["tie_embeddings"]:
+    params[HEAD] = params[EMBEDDING]  # torchscale keeps the shared matrix under both names
+  angles = rotary_steps(model) / 2**32 * 2 * np.pi
+  params[ANGLE] = np.repeat(angles, 2).astype(np.float32)
+  params[DECAY] = log_decay(model).astype(np.float32)
+  return config, params
+
+
+def read(
+  config: Mapping[str, Any], params: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+  """The `model` section, and the leaves by name as in `arch.layout`, of a checkpoint."""
   settings = read_config(config, DEFAULTS, SUPPORTED)
   activation = settings["activation_fn"]
   if activation not in ACTIVATIONS:
@@ -74,47 +136,48 @@ def from_torchscale(config: Mapping[str, Any], params: Mapping[str, Any], **opti
   if params and all(name.startswith("decoder.") for name in params):
     params = {name.removeprefix("decoder."): array for name, array in params.items()}
   _check_layout(params)
-  tied_output = settings["share_decoder_input_output_embed"]
-  if tied_output:
+  if settings["share_decoder_input_output_embed"]:
     params = tied(params, EMBEDDING, HEAD)
   if settings["vocab_size"] <= 0:  # then torchscale leaves it to the embedding it is given
     if EMBEDDING not in params:
       raise ValueError(f"vocab_size is {settings['vocab_size']}, and {EMBEDDING} is missing")
-    settings["vocab_size"] = len(params[EMBEDDING])
-
-  sizes = {
+    settings["vocab_size"] = params[EMBEDDING].shape[0]
+  model = {
+    "architecture": "retnet",
     "vocab_size": settings["vocab_size"],
     "d_model": settings["decoder_embed_dim"],
     "num_layers": settings["decoder_layers"],
     "num_heads": settings["decoder_retention_heads"],
     "value_dim": settings["decoder_value_embed_dim"],
     "ffn_dim": settings["decoder_ffn_embed_dim"],
+    "activation": ACTIVATIONS[activation],
+    "dialect": "torchscale",
+    "embedding_scale": 1.0 if settings["no_scale_embedding"] else None,
+    "tie_embeddings": settings["share_decoder_input_output_embed"],
+    "eps": settings["layernorm_eps"],
   }
-  abstract = nnx.eval_shape(
-    lambda: RetNet(
-      **sizes,
-      activation=ACTIVATIONS[activation],
-      dialect="torchscale",
-      embedding_scale=1.0 if settings["no_scale_embedding"] else None,
-      tie_embeddings=tied_output,
-      eps=settings["layernorm_eps"],
-      param_dtype=param_dtype(params),
-      **options,
-      rngs=nnx.Rngs(0),
-    )
-  )
-  return fill(abstract, _leaves(params, tied_output, **sizes))
+  params, buffers = _buffers(params, **model)
+  return model, convert(params, _table(model)) | buffers
 
 
-def _leaves(params, tied_output, *, vocab_size, d_model, num_layers, num_heads, value_dim, ffn_dim):
-  """The arrays of a torchscale checkpoint by their path in `RetNet`."""
-  d, v, f, k = d_model, value_dim, ffn_dim, d_model // num_heads
-  halves = functools.partial(_pairs_to_halves, num_heads=num_heads)
+def without_buffers(model: Mapping[str, Any], leaves: dict[str, Any]) -> dict[str, Any]:
+  """`leaves` of `read` for a model that computes its own decays and angles: these must be close."""
+  computed = _buffers({}, **model)[1]
+  for name, expected in computed.items():
+    if not np.allclose(leaves[name].astype(np.float64), expected, rtol=1e-5, atol=0):
+      raise ValueError(f"{name} is {leaves[name][0]}, expected {expected[0]}, torchscale's own")
+  return {name: leaf for name, leaf in leaves.items() if name not in computed}
+
+
+def _table(model: Mapping[str, Any]) -> Table:
+  d, v, f = model["d_model"], model["value_dim"], model["ffn_dim"]
+  halves = functools.partial(_pairs_to_halves, num_heads=model["num_heads"])
+  pairs = functools.partial(_halves_to_pairs, num_heads=model["num_heads"])
   block = "params/stack/layers"
   layer_weights = {
     "retention_layer_norm.weight": Weight(f"{block}/mixer_norm/scale", (d,)),
-    "retention.q_proj.weight": Weight(f"{block}/mixer/query/kernel", (d, d), halves),
-    "retention.k_proj.weight": Weight(f"{block}/mixer/key/kernel", (d, d), halves),
+    "retention.q_proj.weight": Weight(f"{block}/mixer/query/kernel", (d, d), halves, pairs),
+    "retention.k_proj.weight": Weight(f"{block}/mixer/key/kernel", (d, d), halves, pairs),
     "retention.v_proj.weight": transposed(f"{block}/mixer/value", v, d),
     "retention.g_proj.weight": transposed(f"{block}/mixer/gate", v, d),
     "retention.out_proj.weight": transposed(f"{block}/mixer/output", d, v),
@@ -123,27 +186,32 @@ def _leaves(params, tied_output, *, vocab_size, d_model, num_layers, num_heads, 
     "ffn.gate.weight": transposed(f"{block}/feed_forward/gate", f, d),
     "ffn.fc2.weight": transposed(f"{block}/feed_forward/output", d, f),
   }
-  buffers = {
-    DECAY: Weight(f"{BUFFERS}/log_decay", (num_heads,)),
-    ANGLE: Weight(f"{BUFFERS}/rotary_steps", (k,), _rotary_steps),
-  }
   weights = {
-    EMBEDDING: Weight("params/embedding/embedding", (vocab_size, d)),
+    EMBEDDING: Weight("params/embedding/embedding", (model["vocab_size"], d)),
     "layer_norm.weight": Weight("params/norm/scale", (d,)),
-    **buffers,
   }
-  if not tied_output:
-    weights[HEAD] = transposed("params/head", vocab_size, d)
-  computed = {
-    DECAY: log_decays(num_heads, "geometric"),
-    ANGLE: np.repeat(rotary_angles(k, "torchscale"), 2),
+  if not model["tie_embeddings"]:
+    weights[HEAD] = transposed("params/head", model["vocab_size"], d)
+  return Table("torchscale", weights, layer_weights, model["num_layers"], "layers.")
+
+
+def _buffers(
+  params: Mapping[str, Any], *, d_model: int, num_heads: int, num_layers: int, **_
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+  """`params` without the buffers that all layers share there, and these as every layer has them."""
+  params, size = dict(params), d_model // num_heads
+  decay = np.asarray(params.pop(DECAY, log_decays(num_heads, "geometric")))
+  angle = np.asarray(params.pop(ANGLE, np.repeat(rotary_angles(size, "torchscale"), 2)))
+  for name, array, length in ((DECAY, decay, num_heads), (ANGLE, angle, size)):
+    if array.shape != (length,):
+      raise ValueError(f"{name} has shape {list(array.shape)}, expected [{length}]")
+  if not np.array_equal(angle[0::2], angle[1::2]):
+    raise ValueError(f"{ANGLE} is {angle}, expected every angle twice in a row")
+  buffers = {"log_decay": decay, "rotary_steps": kernels.rotary_steps(angle[0::2])}
+  return params, {
+    f"variables/stack/layers/mixer/{name}": np.broadcast_to(value, (num_layers, *value.shape))
+    for name, value in buffers.items()
   }
-  leaves = convert(
-    "torchscale", {**computed, **params}, weights, layer_weights, num_layers, "layers."
-  )
-  for buffer in buffers.values():  # one for all layers there, one in every layer here
-    leaves[buffer.target] = [leaves[buffer.target]] * num_layers
-  return leaves
 
 
 def _check_layout(params):
@@ -165,49 +233,36 @@ def _pairs_to_halves(weight, *, num_heads):  # [h k, d] -> [d, h k]
   return pairs.swapaxes(1, 2).reshape(weight.shape).T
 
 
-def _rotary_steps(angle):  # [k] -> [k/2]
-  if not np.array_equal(angle[0::2], angle[1::2]):
-    raise ValueError(f"{ANGLE} is {angle}, expected every angle twice in a row")
-  return kernels.rotary_steps(angle[0::2])
+def _halves_to_pairs(kernel: np.ndarray, *, num_heads: int) -> np.ndarray:  # [d, h k] -> [h k, d]
+  halves = kernel.T.reshape(num_heads, 2, -1, kernel.shape[0])
+  return halves.swapaxes(1, 2).reshape(kernel.shape[::-1])
 
 
-def from_torchscale_state(model: RetNet, cache: Mapping[int, Any], length: int):
-  """The state of an imported `model` for a torchscale decoding cache after `length` tokens.
+def state_to_torchscale(model: RetNet, state: Any) -> tuple[dict[int, dict[str, np.ndarray]], int]:
+  """The decoding cache with which torchscale goes on after `state` of `model`, and its length.
 
-  `cache` is `incremental_state`: per layer `prev_key_value` `[b, h, v, k]`, the transposed state
-  over `s_n`, and `scale` `[h]`, `s_n^2`. torchscale keeps `length` only as that of the prefix.
+  That is `incremental_state`: per layer `prev_key_value` `[b, h, v, k]`, the transposed state over
+  `s_n`, and `scale` `[h]`, `s_n^2`. torchscale keeps the length only as that of the tokens it is
+  called with. All rows must have seen the same number of tokens: `scale` has no batch axis.
   """
-  layers = []
-  for i in range(model.stack.num_layers):
-    previous, scale = (np.asarray(cache[i][name]) for name in ("prev_key_value", "scale"))
-    kv = np.sqrt(scale)[:, None, None] * previous.swapaxes(-1, -2)
-    kv = np.concatenate([kv[:, :, 0::2], kv[:, :, 1::2]], axis=2)
-    layers.append(RetentionState(jnp.array(kv), jnp.full(len(kv), length, jnp.uint32)))
-  if model.stack.scan:
-    return Scanned(jax.tree.map(lambda *states: jnp.stack(states), *layers))
-  return tuple(layers)
-
-
-def to_torchscale_state(model: RetNet, state) -> dict[int, dict[str, np.ndarray]]:
-  """The torchscale decoding cache, see `from_torchscale_state`, of an imported model's `state`.
-
-  All rows must have seen the same number of tokens, at least one: `scale` has no batch axis.
-  """
+  kvs, length = layer_states(model, state)
+  scale = np.exp(np.outer(log_decay(model), np.arange(length))).sum(axis=1)
   cache = {}
-  for i in range(model.stack.num_layers):
-    if model.stack.scan:
-      kv, position = (np.asarray(a[i]) for a in state.layers)
-      log_decay = np.asarray(model.stack.layers.mixer.log_decay[...])[i]
-    else:
-      kv, position = (np.asarray(a) for a in state[i])
-      log_decay = np.asarray(model.stack.layers[i].mixer.log_decay[...])
-    if position.min() != position.max() or position[0] == 0:
-      raise ValueError(f"positions are {position}, expected the same in all rows, at least 1")
-    scale = np.exp(np.outer(log_decay, np.arange(position[0]))).sum(axis=1)
+  for i, kv in enumerate(kvs):
     pairs = np.stack(np.split(kv, 2, axis=2), axis=3).reshape(kv.shape)
     previous = pairs.swapaxes(-1, -2) / np.sqrt(scale)[:, None, None]
-    cache[i] = {
-      "prev_key_value": previous.astype(kv.dtype),
-      "scale": scale.astype(kv.dtype),
-    }
-  return cache
+    cache[i] = {"prev_key_value": previous.astype(kv.dtype), "scale": scale.astype(kv.dtype)}
+  return cache, length
+
+
+def state_from_torchscale(model: RetNet, cache: Mapping[int, Any], length: int) -> Any:
+  """The state of `model` for a torchscale `cache` after `length` tokens.
+
+  The inverse of `state_to_torchscale`.
+  """
+  kvs = []
+  for i in range(len(cache)):
+    previous, scale = (np.asarray(cache[i][name]) for name in ("prev_key_value", "scale"))
+    kv = np.sqrt(scale)[:, None, None] * previous.swapaxes(-1, -2)
+    kvs.append(np.concatenate([kv[:, :, 0::2], kv[:, :, 1::2]], axis=2))
+  return model_state(model, kvs, length)

@@ -122,8 +122,8 @@ def restore(
 
   Arguments, result and errors are those of `Checkpoints.restore_latest`, except that the
   checkpoint may hold more than `abstract_tree` asks for (an optimizer's state, which then is not
-  read), that with a `step` only that checkpoint is tried, and that it is a ValueError if there
-  is none.
+  read), that it may be a function that chooses from what `read_abstract` tells of a checkpoint,
+  that with a `step` only that checkpoint is tried, and that it is a ValueError if there is none.
   """
   folder = Path(folder).absolute()
   return _restore_newest(folder, _existing_steps(folder, step), abstract_tree, partial=True)
@@ -188,9 +188,12 @@ def _restore_newest(
 def _read(path: Path, abstract_tree: Any, partial: bool) -> Any:
   try:
     _check_sizes(path)
-    saved = _shapes(_read_abstract(path))
+    held = _read_abstract(path)
   except Exception as error:  # orbax and tensorstore raise anything at damaged files
     raise _DamagedError(_one_line(error)) from error
+  if callable(abstract_tree):
+    abstract_tree = abstract_tree(held)
+  saved = _shapes(held)
   wanted = _shapes(abstract_tree)
   if partial:
     saved = {name: shape for name, shape in saved.items() if name in wanted}

@@ -3,6 +3,8 @@
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
+from ..sharding import RULES
+
 
 def default_config(**model) -> ConfigDict:
   """All fields of a run with their defaults; `model` is the complete description of the model."""
@@ -10,25 +12,45 @@ def default_config(**model) -> ConfigDict:
     {
       "model": model,
       "data": {
-        "name": "python_stdlib",  # the corpus
+        "name": "python_stdlib",  # the corpus, unless one of the next three is given
+        "path": placeholder(str),  # a file or folder of text; .jsonl and .gz as well
+        "tfds": placeholder(str),  # a TFDS text data set, such as lm1b or c4/en
+        "mixture": placeholder(str),  # such as tfds:pg19=0.7,path:~/notes=0.3, shares of the tokens
+        "split": placeholder(str),  # of TFDS sets, such as train[:1%]; default train
+        "validation": placeholder(str),  # a path or a TFDS split; default see load_text
+        "text_field": placeholder(str),  # of records; default found by rule
+        "prompt_field": placeholder(str),  # of records; prompts are read, not trained on
+        "workers": 0,  # processes that read batches ahead; 0: threads
         "tokenizer": "sentencepiece",  # or "bytes"
         "dir": placeholder(str),  # prepared data; default $TRIFORM_DATA or ~/.cache/triform
       },
       "seed": 0,  # of parameters, data order and dropout
       "seq_len": 512,  # tokens in a training window
-      "batch_size": 8,  # windows in a step
+      "batch_size": 8,  # windows in a step, over all devices
+      "accumulate": 1,  # parts a step's batch is computed in, one after another
       "form": "chunkwise",  # algorithm of the training step
-      "total_steps": 1000,
+      "total_steps": 1000,  # or, if given, what takes its place:
+      "total_tokens": placeholder(int),
+      "total_epochs": placeholder(float),
       "log_every_steps": 10,
+      "z_loss": 0.0,  # weight of the squared log-partition function
+      "average_decay": placeholder(float),  # of an average of the parameters, which then is used
+      "mesh": "fsdp=-1",  # devices, as in data=2,fsdp=4; -1 is all the rest
+      "sharding_rules": RULES,  # parameter name (regular expression) and mesh axes
       "optimizer": {
+        "name": "adamw",  # or lion, adafactor
         "learning_rate": 1e-3,  # at its peak
-        "warmup_steps": 100,  # linear from 0; at most a tenth of total_steps
-        "final_fraction": 0.1,  # of the peak, where the cosine ends
+        "schedule": "cosine",  # or linear, rsqrt
+        "warmup_steps": 100,  # linear from 0; at most a tenth of all steps
+        "final_fraction": 0.1,  # of the peak, where cosine and linear end
         "b1": 0.9,
         "b2": 0.98,
         "eps": 1e-8,
-        "weight_decay": 0.05,  # of matrices; vectors are not decayed
+        "weight_decay": 0.05,
         "clip_norm": 1.0,  # of the whole gradient
+        # By parameter name, the first regular expression that is found in it: matrices decay.
+        "weight_decay_multipliers": ((r"(kernel|embedding)$", 1.0), (r"", 0.0)),
+        "learning_rate_multipliers": ((r"", 1.0),),
       },
       "eval": {
         "form": "chunkwise",
@@ -39,7 +61,8 @@ def default_config(**model) -> ConfigDict:
       },
       "checkpoint": {
         "every_steps": 500,  # and at the last step
-        "keep": 3,
+        "keep": 3,  # of the newest
+        "best": False,  # keep that of the lowest evaluation loss too, in best/
       },
       "compilation_cache": True,  # under ~/.cache/triform; off: compile anew each time
       "peak_flops": placeholder(float),  # FLOP/s of a device, for MFU; default known or measured

@@ -45,11 +45,16 @@ class NonFiniteError(FloatingPointError):
   """The loss or the update of a step was not finite."""
 
 
-def train(config: ConfigDict, workdir: str | os.PathLike) -> bool:
+def train(config: ConfigDict, workdir: str | os.PathLike, *, profile: bool = False) -> bool:
   """Trains the model of `config` in `workdir`, or goes on where an earlier run there stopped.
 
   The state after step n is a function of the configuration and n alone, so a run that was
   stopped and resumed ends like one that was not. SIGTERM and SIGINT save a checkpoint and stop.
+
+  Args:
+    config: as `arch.training.config.default_config` has it.
+    workdir: where everything about the run is kept.
+    profile: write a trace of a few steps, for TensorBoard or Perfetto, to `workdir/profile`.
 
   Returns:
     Whether all steps are done; false if a signal stopped the run.
@@ -63,6 +68,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> bool:
   workdir = Path(workdir)
   if config.compilation_cache:
     enable_compilation_cache()
+  mesh = make_mesh(config.mesh)
   workdirs.prepare(workdir, config)
   # A resumed run keeps its tokenizer, even where the corpus has changed with the Python version.
   tokenizer_folder = workdir / "tokenizer"
@@ -73,49 +79,51 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> bool:
   batches = train_batches(
     data.train, **special, seq_len=config.seq_len, batch_size=config.batch_size, seed=config.seed
   )
+  total_steps = count_steps(config, steps_per_epoch=1)
 
-  model = build(config.model, rngs=nnx.Rngs(config.seed))
-  graphdef, params, variables = split_model(model)
-  workdirs.write_parameter_table(workdir, params)
-  update = optimizer(config.optimizer, config.total_steps)
-  state = TrainState(params, variables, update.init(params))
-  step_fn = jax.jit(
-    make_train_step(graphdef, update, form=config.form, seed=config.seed), donate_argnums=0
-  )
-  meter = _Meter(config, workdir, data.tokenizer.token_bytes)
+  program = make_program(config, mesh, total_steps)
+  workdirs.write_parameter_table(workdir, program.abstract.params)
+  meter = _Meter(config, workdir, total_steps, mesh, data.tokenizer.token_bytes)
 
   with (
-    Checkpoints(workdir / "checkpoints", **config.checkpoint) as checkpoints,
+    Checkpoints(
+      workdir / "checkpoints", every_steps=config.checkpoint.every_steps, keep=config.checkpoint.keep
+    ) as checkpoints,
+    _Best(workdir / "best", config.checkpoint.best) as best,
     stop_signals() as stopped,
   ):
-    restored = checkpoints.restore_latest(jax.eval_shape(to_stacked, state))
-    start = 0
-    if restored is not None:
+    restored = checkpoints.restore_latest(program.stacked)
+    if restored is None:
+      start, state = 0, program.init()
+    else:
       start, leaves = restored
-      state = from_stacked(leaves, state)
+      state = program.from_stacked(leaves)
       print(f"resuming {workdir} from step {start}", flush=True)
 
     def validate(step: int):
-      model = nnx.merge(graphdef, state.params, state.variables)
       options = {k: v for k, v in config.eval.items() if k != "every_steps"}
-      result = evaluate(model, data.validation, data.tokenizer, **options)
+      result = evaluate(program.model(state), data.validation, data.tokenizer, **options)
       names = ("loss", "perplexity", "bits_per_byte")
       writer.write(step, {f"eval_{name}": result[name] for name in names})
+      best.offer(step, result["loss"], state)
 
     def read(last):
       if last is not None:
         meter.read(writer, *last)
 
-    with MetricWriter(workdir, total_steps=config.total_steps, start_step=start) as writer:
+    with (
+      MetricWriter(workdir, total_steps=total_steps, start_step=start) as writer,
+      _Profiler(workdir / "profile", start, enabled=profile) as profiler,
+    ):
       last = None  # of the step before, read while the device works on this one
       step = start
-      while step < config.total_steps and not stopped:
+      while step < total_steps and not stopped:
         batch = batches[step]
-        state, metrics = step_fn(state, jax.device_put(batch), jax.device_put(np.int32(step)))
+        state, metrics = program.step(state, program.put(batch), np.int32(step))
         step += 1
         read(last)
         last = (step, batch, metrics)
-        evaluates = step % config.eval.every_steps == 0 or step == config.total_steps
+        evaluates = step % config.eval.every_steps == 0 or step == total_steps
         keeps = step % config.checkpoint.every_steps == 0
         if evaluates or keeps:
           read(last)
@@ -125,9 +133,21 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> bool:
             validate(step)
           if keeps:
             checkpoints.save(step, to_stacked(state))
+        profiler.advance(step, metrics)
       read(last)
       checkpoints.save(step, to_stacked(state), force=True)
-  return step == config.total_steps
+  return step == total_steps
+
+
+def count_steps(config: ConfigDict, steps_per_epoch: int) -> int:
+  """The steps of a run: `total_tokens` or `total_epochs` if one is given, else `total_steps`."""
+  if config.total_tokens is not None and config.total_epochs is not None:
+    raise ValueError("total_tokens and total_epochs are both given, expected at most one")
+  if config.total_tokens is not None:
+    return max(math.ceil(config.total_tokens / (config.batch_size * config.seq_len)), 1)
+  if config.total_epochs is not None:
+    return max(math.ceil(config.total_epochs * steps_per_epoch), 1)
+  return config.total_steps
 
 
 class _Meter:

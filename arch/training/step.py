@@ -9,52 +9,91 @@ import optax
 from flax import nnx
 
 from ..layout import split_model
+from .losses import cross_entropy
 
 
 class TrainState(NamedTuple):
   """All that a run changes; pure dictionaries of arrays."""
 
   params: Any
-  variables: Any  # what is not trained: buffers, and statistics that calls update
+  variables: Any  # what is not trained: statistics that calls update
   optimizer: Any
-
-
-def token_losses(logits: jax.Array, batch: dict[str, jax.Array]) -> jax.Array:  # [b, t]
-  """Cross entropy of every target in nats, 0 where there is none."""
-  losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["targets"])
-  return jnp.where(batch["mask"], losses, 0)
+  average: Any = None  # of the parameters, exponential moving; None if there is none
 
 
 def make_train_step(
-  graphdef: nnx.GraphDef, optimizer: optax.GradientTransformation, *, form: str, seed: int
+  graphdef: nnx.GraphDef,
+  optimizer: optax.GradientTransformation,
+  *,
+  form: str,
+  seed: int,
+  accumulate: int = 1,
+  z_loss: float = 0.0,
+  loss_pieces: int = 1,
+  average_decay: float | None = None,
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
   """`step_fn(state, batch, step) -> (state, metrics)`.
 
-  Randomness is `fold_in(key(seed), step)`, so that a step depends on nothing but its arguments.
-  A step whose loss or update is not finite leaves the state as it was; its metrics tell.
+  The loss is the mean over the tokens in the batch's `loss_mask`, whether the batch is computed
+  at once or in `accumulate` parts one after another (`rows i, i + accumulate, ...` in part `i`,
+  so that every device has rows in each). Randomness is `fold_in(key(seed), step)`, so that a step
+  depends on nothing but its arguments. A step whose loss or update is not finite leaves the state
+  as it was; its metrics tell.
   """
 
   def loss_fn(params, variables, batch, key):
     model = nnx.merge(graphdef, params, variables)
-    logits, _ = model(
+    features, _ = model.encode(
       batch["inputs"], form=form, reset=batch["reset"], mask=batch["mask"], rngs=nnx.Rngs(key)
     )
-    total = token_losses(logits, batch).sum()
-    _, _, variables = split_model(model)
-    return total / jnp.maximum(batch["mask"].sum(), 1), (total, variables)
+    objective, nats = cross_entropy(
+      model.read_out,
+      features,
+      batch["targets"],
+      batch["loss_mask"],
+      z_loss=z_loss,
+      pieces=loss_pieces,
+    )
+    return objective, (nats, split_model(model)[2])
+
+  gradient_fn = jax.grad(loss_fn, has_aux=True)
+
+  def accumulated(params, variables, batch, key):
+    """Sums over the batch: gradients, cross entropy, and the variables after it."""
+
+    def add(carry, part):
+      sums, variables = carry
+      i, rows = part
+      gradients, (nats, variables) = gradient_fn(
+        params, variables, rows, jax.random.fold_in(key, i)
+      )
+      return (jax.tree.map(jnp.add, sums, (gradients, nats)), variables), None
+
+    parts = jax.tree.map(
+      lambda a: jnp.swapaxes(a.reshape(-1, accumulate, *a.shape[1:]), 0, 1), batch
+    )
+    first = jax.tree.map(lambda a: a[0], parts)
+    gradients, (nats, variables) = gradient_fn(params, variables, first, jax.random.fold_in(key, 0))
+    rest = (jnp.arange(1, accumulate), jax.tree.map(lambda a: a[1:], parts))
+    (sums, variables), _ = jax.lax.scan(add, ((gradients, nats), variables), rest)
+    return *sums, variables
 
   def train_step(state: TrainState, batch: dict[str, jax.Array], step: jax.Array):
     key = jax.random.fold_in(jax.random.key(seed), step)
-    (loss, (total, variables)), gradients = jax.value_and_grad(loss_fn, has_aux=True)(
-      state.params, state.variables, batch, key
-    )
+    gradients, nats, variables = accumulated(state.params, state.variables, batch, key)
+    tokens = jnp.maximum(batch["loss_mask"].sum(), 1)
+    gradients = jax.tree.map(lambda g: g / tokens, gradients)
     updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
-    new = TrainState(optax.apply_updates(state.params, updates), variables, optimizer_state)
-    finite = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(updates))
+    params = optax.apply_updates(state.params, updates)
+    average = None
+    if average_decay is not None:
+      average = optax.incremental_update(params, state.average, 1 - average_decay)
+    new = TrainState(params, variables, optimizer_state, average)
+    finite = jnp.isfinite(nats) & jnp.isfinite(optax.tree.norm(updates))
     state = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
     metrics = {
-      "loss": loss,
-      "total_loss": total,
+      "loss": nats / tokens,
+      "total_loss": nats,
       "gradient_norm": optax.tree.norm(gradients),
       "finite": finite,
     }

@@ -21,6 +21,10 @@ from ml_collections import ConfigDict, config_dict
 PACKAGES = ("triform", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 # What the parameters depend on: a run cannot be resumed with another value of any of these.
 FIXED = ("model", "data.name", "data.tokenizer")
+# The same, of fields that configurations of 0.1.0 lack: there they count as unset.
+_FIXED_LATER = tuple(
+  f"data.{name}" for name in ("path", "tfds", "mixture", "split", "text_field", "prompt_field")
+)
 ABSENT = "<absent>"
 
 _TUPLE = "__tuple__"
@@ -28,29 +32,42 @@ _PLACEHOLDER = "__placeholder__"
 _PLACEHOLDER_TYPES = {t.__name__: t for t in (bool, int, float, str, tuple)}
 
 
-def prepare(workdir: str | os.PathLike, config: ConfigDict) -> None:
-  """Creates `workdir` for a run with `config`, or checks that `config` can resume the run in it.
+def check(workdir: str | os.PathLike, config: ConfigDict) -> None:
+  """Checks that a run with `config` can begin in `workdir`, or go on there; writes nothing.
 
   Args:
-    workdir: a folder that is new, empty, or that this function has prepared before.
-    config: the whole configuration. To resume a run, everything under `model`, `data.name` and
-      `data.tokenizer` must be what it was; the rest may change and is recorded anew.
+    workdir: a folder that is new, empty, or that `prepare` has prepared before.
+    config: the whole configuration. To resume a run, everything under `model`, the corpus and the
+      tokenizer must be what they were; the rest may change.
 
   Raises:
-    ValueError: if the folder holds something else, cannot be written, or belongs to a run with
+    ValueError: if the folder holds something else, cannot be read, or belongs to a run with
       another model or data; the message names every differing key with both values.
   """
   workdir = Path(workdir)
-  text = _to_json(config)
   try:
-    workdir.mkdir(parents=True, exist_ok=True)
     if (workdir / "config.json").exists():
       _check_resumable(workdir, load_config(workdir), config)
-    elif any(workdir.iterdir()):
+    elif workdir.exists() and any(workdir.iterdir()):
       raise ValueError(
         f"workdir {workdir} is not empty and has no config.json: expected a new or empty folder, "
         "or that of an earlier run"
       )
+  except OSError as error:
+    raise ValueError(f"workdir {workdir} cannot be used: {error}") from error
+
+
+def prepare(workdir: str | os.PathLike, config: ConfigDict) -> None:
+  """Creates `workdir` for a run with `config`, or records anew what it goes on with.
+
+  Raises:
+    ValueError: as `check` does, or if the folder cannot be written.
+  """
+  workdir = Path(workdir)
+  text = _to_json(config)
+  check(workdir, config)
+  try:
+    workdir.mkdir(parents=True, exist_ok=True)
     write_atomically(workdir / "config.json", text)
     write_atomically(workdir / "versions.json", json.dumps(versions(), indent=2) + "\n")
   except OSError as error:
@@ -64,8 +81,11 @@ def load_config(workdir: str | os.PathLike) -> ConfigDict:
   """
   path = Path(workdir) / "config.json"
   if not path.exists():
-    raise ValueError(f"{path} not found: expected the work directory of a run")
-  return _decode(json.loads(path.read_text()))
+    raise ValueError(f"{path} not found: expected the work directory of a run, or its export")
+  try:
+    return decode_config(json.loads(path.read_text()))
+  except ValueError as error:
+    raise ValueError(f"{path} cannot be read: {error}") from error
 
 
 def versions() -> dict[str, Any]:
@@ -132,10 +152,11 @@ def _check_resumable(workdir: Path, saved: ConfigDict, given: ConfigDict) -> Non
 
 
 def _fixed_values(config: ConfigDict) -> dict[str, Any]:
-  return {
+  names = FIXED + _FIXED_LATER
+  return dict.fromkeys(_FIXED_LATER) | {
     key: value
     for key, value in flatten(config).items()
-    if any(key == fixed or key.startswith(fixed + ".") for fixed in FIXED)
+    if any(key == fixed or key.startswith(fixed + ".") for fixed in names)
   }
 
 
@@ -151,15 +172,16 @@ def flatten(config: ConfigDict, prefix: str = "") -> dict[str, Any]:
 
 
 def _to_json(config: ConfigDict) -> str:
-  return json.dumps(_encode_section(config, ""), indent=2) + "\n"
+  return json.dumps(encode_config(config), indent=2) + "\n"
 
 
-def _encode_section(config: ConfigDict, prefix: str) -> dict[str, Any]:
+def encode_config(config: ConfigDict, prefix: str = "") -> dict[str, Any]:
+  """A configuration as JSON knows it; `prefix` is what fields are called in errors."""
   encoded = {}
   for key, value in config.items():
     kind = config.get_type(key)
     if isinstance(value, ConfigDict):
-      encoded[key] = _encode_section(value, f"{prefix}{key}.")
+      encoded[key] = encode_config(value, f"{prefix}{key}.")
     elif value is None and kind.__name__ in _PLACEHOLDER_TYPES:
       encoded[key] = {_PLACEHOLDER: kind.__name__}
     else:
@@ -180,16 +202,17 @@ def _encode_value(value: Any, name: str) -> Any:
   )
 
 
-def _decode(value: Any) -> Any:
+def decode_config(value: Any) -> Any:
+  """The inverse of `encode_config`."""
   if isinstance(value, list):
-    return [_decode(v) for v in value]
+    return [decode_config(v) for v in value]
   if not isinstance(value, dict):
     return value
   if _TUPLE in value:
-    return tuple(_decode(v) for v in value[_TUPLE])
+    return tuple(decode_config(v) for v in value[_TUPLE])
   if _PLACEHOLDER in value:
     return config_dict.placeholder(_PLACEHOLDER_TYPES[value[_PLACEHOLDER]])
-  return ConfigDict({k: _decode(v) for k, v in value.items()})
+  return ConfigDict({k: decode_config(v) for k, v in value.items()})
 
 
 def _git_state(source: Path) -> dict[str, Any] | None:

@@ -1,0 +1,101 @@
+"""Cross entropy in pieces, so that the logits of a batch never exist at once."""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+# Logits of one piece on one device: 256 MB in float32.
+MAX_LOGITS = 2**26
+
+
+def cross_entropy(
+  read_out: Callable[[jax.Array], jax.Array],
+  features: jax.Array,  # [b, t, d]
+  targets: jax.Array,  # int[b, t]
+  mask: jax.Array,  # bool[b, t]
+  *,
+  z_loss: float = 0.0,
+  pieces: int = 1,
+) -> tuple[jax.Array, jax.Array]:
+  """Sums over the tokens in `mask` of the objective and of the cross entropy, in nats.
+
+      logits = read_out(features)     l = logsumexp(logits)
+      cross entropy = l - logits[target]     objective = cross entropy + z_loss l^2
+
+  The z-loss is that of PaLM (arXiv 2204.02311, section 5). Features are read out in `pieces` along
+  time, and the gradient of a piece is formed together with its loss: nothing is computed twice,
+  and of the logits only one piece is alive. `read_out` may close over parameters, which are
+  differentiated too. The second sum has no gradient.
+  """
+  read_out, parameters = jax.closure_convert(read_out, _split(features, pieces)[0])
+  return _cross_entropy(read_out, z_loss, pieces, parameters, features, targets, mask)
+
+
+def count_pieces(batch_size: int, length: int, vocab_size: int, devices: int) -> int:
+  """The fewest pieces, a divisor of `length`, of at most `MAX_LOGITS` logits on every device."""
+  tokens = max(MAX_LOGITS * devices // (batch_size * vocab_size), 1)
+  return next(n for n in range(1, length + 1) if length % n == 0 and length // n <= tokens)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _cross_entropy(read_out, z_loss, pieces, parameters, features, targets, mask):
+  def add(sums, piece):
+    x, targets, mask = piece
+    logits = read_out(x, *parameters)
+    objective, nats, *_ = _losses(logits, targets, mask, z_loss)
+    return (sums[0] + objective, sums[1] + nats), None
+
+  sums, _ = _over_pieces(add, (0.0, 0.0), features, targets, mask, pieces)
+  return sums
+
+
+def _forward(read_out, z_loss, pieces, parameters, features, targets, mask):
+  def add(sums, piece):
+    x, targets, mask = piece
+    logits, pull = jax.vjp(read_out, x, *parameters)
+    objective, nats, log_z = _losses(logits, targets, mask, z_loss)
+    chosen = jax.lax.broadcasted_iota(targets.dtype, logits.shape, 2) == targets[..., None]
+    weight = (1 + 2 * z_loss * log_z)[..., None]
+    gradient = jnp.where(mask[..., None], jnp.exp(logits - log_z[..., None]) * weight - chosen, 0)
+    x_gradient, *gradients = pull(gradient.astype(logits.dtype))
+    return jax.tree.map(jnp.add, sums, (objective, nats, gradients)), x_gradient
+
+  zeros = (0.0, 0.0, [jnp.zeros_like(p) for p in parameters])
+  sums, x_gradients = _over_pieces(add, zeros, features, targets, mask, pieces)
+  objective, nats, gradients = sums
+  return (objective, nats), (gradients, x_gradients)
+
+
+def _backward(read_out, z_loss, pieces, residuals, cotangents):
+  gradients, x_gradients = jax.tree.map(
+    lambda a: (a * cotangents[0]).astype(a.dtype), residuals
+  )
+  return gradients, x_gradients, None, None
+
+
+_cross_entropy.defvjp(_forward, _backward)
+
+
+def _losses(logits, targets, mask, z_loss):
+  log_z = jax.nn.logsumexp(logits, axis=-1)
+  chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+  nats = jnp.where(mask, log_z - chosen, 0).sum()
+  return nats + z_loss * jnp.where(mask, log_z**2, 0).sum(), nats, log_z
+
+
+def _split(a, pieces):
+  """[b, t, ...] to [pieces, b, t / pieces, ...]."""
+  return jnp.moveaxis(a.reshape(a.shape[0], pieces, -1, *a.shape[2:]), 1, 0)
+
+
+def _over_pieces(add, sums, features, targets, mask, pieces):
+  dtype = jnp.promote_types(features.dtype, jnp.float32)
+  sums = jax.tree.map(lambda a: jnp.asarray(a, dtype) if isinstance(a, float) else a, sums)
+  if pieces == 1:
+    return add(sums, (features, targets, mask))
+  sums, outputs = jax.lax.scan(add, sums, tuple(_split(a, pieces) for a in (features, targets, mask)))
+  if outputs is not None:
+    outputs = jnp.moveaxis(outputs, 0, 1).reshape(features.shape)
+  return sums, outputs

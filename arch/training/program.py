@@ -1,0 +1,128 @@
+"""What a run computes, before anything is computed: shapes, places and the compiled step."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from ..interface import SequenceModule
+from ..layout import from_stacked, split_model, to_stacked
+from ..models import build
+from ..sharding import batch_sharding, shard_state
+from .losses import count_pieces
+from .optimizer import optimizer
+from .step import TrainState, make_train_step
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+  """A training run on a mesh.
+
+  Attributes:
+    graphdef: of the model, for `nnx.merge`.
+    abstract: the training state as `jax.ShapeDtypeStruct`s with their shardings.
+    stacked: the same as checkpoints hold it, see `arch.layout`.
+    step: `step(state, batch, n) -> (state, metrics)`, compiled on first use; gives `state` away.
+  """
+
+  config: ConfigDict
+  mesh: Mesh
+  graphdef: nnx.GraphDef
+  abstract: TrainState
+  stacked: dict[str, jax.ShapeDtypeStruct]
+  step: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
+  _make: Callable[[], TrainState]
+
+  def init(self) -> TrainState:
+    """The state before the first step, made in its place."""
+    return jax.jit(self._make, out_shardings=_shardings(self.abstract))()
+
+  def from_stacked(self, leaves: dict[str, jax.Array]) -> TrainState:
+    """The state that a checkpoint holds."""
+    return jax.device_put(from_stacked(leaves, self.abstract), _shardings(self.abstract))
+
+  def put(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+    """A batch on the devices, of which every process has its own rows."""
+    sharding = batch_sharding(self.mesh)
+    return jax.tree.map(lambda a: jax.make_array_from_process_local_data(sharding, a), batch)
+
+  def model(self, state: TrainState) -> SequenceModule:
+    """The model to evaluate: with averaged parameters, if the run averages."""
+    params = state.params if state.average is None else state.average
+    return nnx.merge(self.graphdef, params, state.variables)
+
+
+def make_program(
+  config: ConfigDict,
+  mesh: Mesh,
+  total_steps: int,
+  make_model: Callable[..., SequenceModule] = build,
+) -> Program:
+  """Prepares the run of `config` on `mesh` without allocating anything.
+
+  Raises:
+    ValueError: for a batch that cannot be divided, or see `optimizer` and `shard_state`.
+  """
+  devices = mesh.size
+  if config.batch_size % (config.accumulate * devices):
+    raise ValueError(
+      f"batch_size is {config.batch_size}, expected a multiple of the {devices} devices of the "
+      f"mesh times accumulate={config.accumulate}"
+    )
+  update = optimizer(config.optimizer, total_steps)
+
+  def make() -> TrainState:
+    model = make_model(config.model, rngs=nnx.Rngs(config.seed))
+    _, params, variables = split_model(model)
+    average = None if config.average_decay is None else jax.tree.map(jnp.copy, params)
+    return TrainState(params, variables, update.init(params), average)
+
+  graphdef, _, _ = split_model(
+    nnx.eval_shape(lambda: make_model(config.model, rngs=nnx.Rngs(config.seed)))
+  )
+  step = make_train_step(
+    graphdef,
+    update,
+    form=config.form,
+    seed=config.seed,
+    accumulate=config.accumulate,
+    z_loss=config.z_loss,
+    loss_pieces=count_pieces(
+      config.batch_size // config.accumulate, config.seq_len, config.model.vocab_size, devices
+    ),
+    average_decay=config.average_decay,
+  )
+  shapes = jax.eval_shape(make)
+  abstract = _placed(shapes, mesh, config.sharding_rules)
+  stacked = _placed(jax.eval_shape(to_stacked, shapes), mesh, config.sharding_rules)
+
+  def placed_step(state, batch, n):
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+      return step(state, batch, n)
+
+  compiled = jax.jit(
+    placed_step,
+    donate_argnums=0,
+    in_shardings=(_shardings(abstract), batch_sharding(mesh), None),
+    out_shardings=(_shardings(abstract), None),
+  )
+  return Program(config, mesh, graphdef, abstract, stacked, compiled, make)
+
+
+def _placed(shapes: Any, mesh: Mesh, rules) -> Any:
+  return jax.tree.map(
+    lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+    shapes,
+    shard_state(shapes, mesh, rules),
+  )
+
+
+def _shardings(abstract: Any) -> Any:
+  return jax.tree.map(lambda leaf: leaf.sharding, abstract)
