@@ -18,6 +18,7 @@ from triform.arch.loading import load_config
 
 WORKDIR = flags.DEFINE_string("workdir", None, "the run, as given to train.py, or its export")
 STEP = flags.DEFINE_integer("step", None, "the checkpoint to read; default the newest")
+BEST = flags.DEFINE_bool("best", False, "read that of the lowest evaluation loss, if kept")
 TASK = flags.DEFINE_enum("task", "loss", ["loss", "positions", "generate"], "what to do")
 
 FORM = flags.DEFINE_enum("form", None, FORMS, "to measure: the algorithm; default eval.form")
@@ -97,7 +98,7 @@ def _measured() -> tuple:
   from triform.arch.data.text import documents_from_path, load_text
 
   config = CONFIG.value
-  model, tokenizer = load(WORKDIR.value, step=STEP.value, config=config)
+  model, tokenizer = load(WORKDIR.value, step=STEP.value, best=BEST.value, config=config)
   if TEXT.value is None:
     documents = load_text(config.data, config.model.vocab_size, tokenizer=tokenizer).validation
   else:
@@ -125,7 +126,7 @@ def generate() -> int:
     except UnicodeDecodeError as error:
       source = "standard input" if from_stdin else PROMPT_FILE.value
       raise ValueError(f"expected UTF-8 text in {source}: {error}") from error
-  model, tokenizer = load(WORKDIR.value, step=STEP.value, config=CONFIG.value)
+  model, tokenizer = load(WORKDIR.value, step=STEP.value, best=BEST.value, config=CONFIG.value)
   decoder = StreamDecoder(tokenizer)
   sys.stdout.write(prompt)
   for (token,) in stream(

@@ -18,6 +18,7 @@ def get_config():
     decay_schedule="linspace",
     dropout=0.1,
     dtype="bfloat16",
+    remat="full",
   )
   config.seq_len = 2048
   config.batch_size = 32

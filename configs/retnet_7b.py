@@ -1,6 +1,6 @@
 """RetNet, the 6.7B of the paper with the published code's widths: 6,771,970,048 parameters.
 
-The model is the published one. The recipe is ours and for small machines: 65,536 tokens a step and a
+The model is the published one. The recipe is ours, for small machines: 65,536 tokens a step and a
 cosine, where the paper has 4M tokens and a linear decay.
 Parameters, gradients and AdamW's averages take 108 GB: more than one device has, as a rule.
 

@@ -1,3 +1,4 @@
+import contextlib
 import itertools
 import multiprocessing
 import os
@@ -206,7 +207,8 @@ def program(tmp_path):
     start_new_session=True,
   )
   yield process
-  process.kill()
+  with contextlib.suppress(ProcessLookupError):
+    os.killpg(process.pid, signal.SIGKILL)  # with its workers, if a test has failed
   process.communicate()
 
 

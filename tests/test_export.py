@@ -54,7 +54,7 @@ def test_an_exported_run_is_the_run(run, exported):
 
 
 def test_an_earlier_step(run, tmp_path):
-  export(run, tmp_path / "early", step=8)
+  assert export(run, tmp_path / "early", step=8) == 8
   assert read_folder(tmp_path / "early").step == 8
   same(load(tmp_path / "early")[0], load(run, step=8)[0])
   with pytest.raises(ValueError, match=r"early holds the model after step 8, not 12"):
@@ -200,6 +200,7 @@ def test_export_and_eval_programs(run):
   here = run.parents[1]
   done = program("-m", "triform.arch.export", "--workdir=runs/tiny", "--to=out/model", cwd=here)
   assert done.returncode == 0, done.stderr
+  assert done.stdout == "out/model holds the model of runs/tiny after step 12\n"
   results = []
   for workdir in ("runs/tiny", "out/model"):
     done = program(

@@ -10,7 +10,7 @@ from flax import nnx
 
 from triform import kernels
 
-from ..interface import Buffer, Form, SequenceModule, check_call, state_dtype
+from ..interface import Form, SequenceModule, check_call, state_dtype
 
 Decay = Literal["fixed", "learned", "gated"]
 Dialect = Literal["torchscale", "fla"]
@@ -100,7 +100,7 @@ class Retention(SequenceModule):
       raise ValueError(f"dialect is {dialect!r}, expected torchscale or fla")
     self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
     self.key_size, self.value_size = key_dim // num_heads, value_dim // num_heads
-    self.decay, self.dialect = decay, dialect
+    self.decay, self.decay_schedule, self.dialect = decay, decay_schedule, dialect
     self.eps, self.chunk_size = eps, chunk_size
     self.dtype = jnp.dtype(param_dtype if dtype is None else dtype)
 
@@ -114,17 +114,11 @@ class Retention(SequenceModule):
     self.gate = linear(d_model, value_dim, kernel_init=init)
     self.output = linear(value_dim, d_model, kernel_init=output_init)
 
-    wide = state_dtype(param_dtype)
-    initial = jnp.asarray(log_decays(num_heads, decay_schedule), wide)
-    if decay == "fixed":
-      self.log_decay = Buffer(initial)
-    elif decay == "learned":
-      self.log_rate = nnx.Param(jnp.log(-initial))  # decay = exp(-exp(log_rate)), always below 1
-    else:
+    initial = log_decays(num_heads, decay_schedule)
+    if decay == "learned":  # decay = exp(-exp(log_rate)), always below 1
+      self.log_rate = nnx.Param(jnp.asarray(np.log(-initial), state_dtype(param_dtype)))
+    elif decay == "gated":
       self.decay_gate = linear(d_model, num_heads, kernel_init=init)
-    self.rotary_steps = Buffer(
-      jnp.asarray(kernels.rotary_steps(rotary_angles(self.key_size, dialect)))
-    )
     self.norm_weight = (
       nnx.Param(jnp.ones(self.value_size, param_dtype)) if dialect == "fla" else None
     )
@@ -139,7 +133,10 @@ class Retention(SequenceModule):
     x = jnp.asarray(x, self.dtype)
     start = jnp.zeros(b, jnp.uint32) if state is None else state.position
     position, seen = kernels.token_positions(start, reset, mask, t)
-    phase = kernels.rotary_phase(position, self.rotary_steps[...])
+    # Decays and angles are constants of the trace, not variables of the module: the compiler then
+    # computes what follows from them and the positions once for all the layers of a stack.
+    steps = kernels.rotary_steps(rotary_angles(self.key_size, self.dialect))
+    phase = kernels.rotary_phase(position, jnp.asarray(steps))
     log_decay = self._log_decay(x)
 
     def heads(a, size):
@@ -170,7 +167,7 @@ class Retention(SequenceModule):
 
   def _log_decay(self, x):  # [h] or [b, t, h]
     if self.decay == "fixed":
-      return self.log_decay[...]
+      return jnp.asarray(log_decays(self.num_heads, self.decay_schedule), state_dtype(self.dtype))
     if self.decay == "learned":
       return -jnp.exp(self.log_rate[...])
     gate = self.decay_gate(x).astype(state_dtype(self.dtype))

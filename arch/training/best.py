@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from ..layout import to_stacked
-from .checkpoints import Checkpoints, restore
+from .checkpoints import Checkpoints, has_checkpoint, restore
 
 
 class Best:
@@ -20,7 +20,7 @@ class Best:
   def __init__(self, folder: Path, *, enabled: bool):
     self._checkpoints = Checkpoints(folder, keep=1) if enabled else None
     self._loss = math.inf
-    if enabled and any(folder.iterdir()):
+    if enabled and has_checkpoint(folder):
       like = {"evaluation_loss": jax.ShapeDtypeStruct((), np.float64)}
       self._loss = float(restore(folder, like)[1]["evaluation_loss"])
 

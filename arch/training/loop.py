@@ -112,10 +112,11 @@ def _train(config: ConfigDict, workdir: Path, profile: bool) -> bool:
     restored = checkpoints.restore_latest(program.stacked)
     start = 0 if restored is None else restored[0]
     if start >= total_steps:
-      raise ValueError(
-        f"{workdir} is trained to step {start} of {total_steps}: give another --workdir, or more "
-        "steps to go on"
+      print(
+        f"{workdir} is trained to step {start} of {total_steps}, so there is nothing to do: give "
+        "another --workdir for a new run, or more steps to go on"
       )
+      return True
     # Only now: a run that was mistyped must not keep the work directory for itself.
     changes = workdirs.prepare(workdir, config)
     data.tokenizer.save(tokenizer_folder)
