@@ -25,7 +25,7 @@ def make_config():
 @pytest.mark.parametrize(
   ("argument", "message"),
   [
-    ("--config.batch_sise=3", "there is no --config.batch_sise; the closest is --config.batch_size"),
+    ("--config.batch_sise=3", "no --config.batch_sise; the closest is --config.batch_size"),
     ("--config.model.heads=3", "the closest is --config.model.num_heads"),
     ("--config.learning_rate=3", "the closest is --config.optimizer.learning_rate"),
     ("--config.checkpoint.foo=3", "config.checkpoint has best, every_steps, keep"),
