@@ -60,10 +60,6 @@ def run(model, ids, **arguments):
   return jax.jit(lambda ids: model(ids, **arguments))(ids)
 
 
-def buffers(model):
-  return split_model(model)[2]["stack"]["layers"]["mixer"]
-
-
 # torchscale
 
 
@@ -115,17 +111,18 @@ def test_torchscale_state_without_a_scale(torchscale):
     state_to_torchscale(model, model.init_state(2))
 
 
-def test_torchscale_buffers_are_taken_or_computed(torchscale):
+def test_torchscale_decays_and_angles_are_those_of_the_model(torchscale):
   config, params, _ = torchscale
-  computed = {k: v for k, v in params.items() if not k.startswith("retnet_rel_pos")}
-  taken = from_torchscale(config, params, scan_layers=True)
-  computed = from_torchscale(config, computed, scan_layers=True)
-  for name, tolerance in (("log_decay", 1e-6), ("rotary_steps", 1e-6)):
-    a, b = (np.asarray(buffers(m)[name], np.float64) for m in (taken, computed))
-    np.testing.assert_allclose(a, b, rtol=tolerance)
+  assert from_torchscale(config, params).stack.layers[0].mixer.decay_schedule == "geometric"
+  absent = {k: v for k, v in params.items() if not k.startswith("retnet_rel_pos")}
+  assert from_torchscale(config, absent).stack.layers[0].mixer.decay_schedule == "geometric"
   decay = np.log1p(-np.exp(np.linspace(np.log(1 / 32), np.log(1 / 512), 4))).astype(np.float32)
-  other = from_torchscale(config, params | {"retnet_rel_pos.decay": decay}, scan_layers=True)
-  np.testing.assert_array_equal(buffers(other)["log_decay"], [decay, decay])
+  other = from_torchscale(config, params | {"retnet_rel_pos.decay": decay})
+  assert other.stack.layers[0].mixer.decay_schedule == "linspace"
+  for name, moved in (("decay", decay[::-1]), ("decay", decay[:3]), ("angle", decay)):
+    name = f"retnet_rel_pos.{name}"
+    with pytest.raises(ValueError, match=rf"{name} is .*, expected"):
+      from_torchscale(config, params | {name: moved})
 
 
 def test_torchscale_prefix_tied_output_and_vocabulary(torchscale):

@@ -9,7 +9,7 @@ import numpy as np
 
 from ..interface import Scanned
 from ..layout import by_stacked_name, split_model
-from ..mixers.retention import RetentionState
+from ..mixers.retention import RetentionState, log_decays
 from ..models.retnet import RetNet
 from ..tensors import Tensor
 
@@ -166,6 +166,7 @@ def describe(model: RetNet, **expected) -> dict[str, Any]:
     "ffn_dim": layer.feed_forward.input.out_features,
     "activation": layer.feed_forward.activation,
     "decay": mixer.decay,
+    "decay_schedule": mixer.decay_schedule,
     "dialect": mixer.dialect,
     "embedding_scale": model.embedding_scale,
     "tie_embeddings": model.head is None,
@@ -182,14 +183,7 @@ def log_decay(model: RetNet) -> np.ndarray:  # [h]
   """The fixed decays, which all layers share."""
   layers = model.stack.layers
   mixer = layers.mixer if model.stack.scan else layers[0].mixer
-  return np.asarray(mixer.log_decay[0 if model.stack.scan else ...])
-
-
-def rotary_steps(model: RetNet) -> np.ndarray:  # uint32[k/2]
-  """Angles per token in 2**-32 turns, which all layers share."""
-  layers = model.stack.layers
-  mixer = layers.mixer if model.stack.scan else layers[0].mixer
-  return np.asarray(mixer.rotary_steps[0 if model.stack.scan else ...])
+  return log_decays(mixer.num_heads, mixer.decay_schedule)
 
 
 def layer_states(model: RetNet, state: Any) -> tuple[list[np.ndarray], int]:

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 
 from ..assembly import fill
-from ..mixers.retention import log_decays
 from ..models.retnet import RetNet
 from ..tensors import Tensor
 from .checkpoint import (
@@ -17,7 +16,6 @@ from .checkpoint import (
   convert,
   describe,
   layer_states,
-  log_decay,
   model_state,
   param_dtype,
   read_config,
@@ -132,9 +130,8 @@ def read(
 
 def write(model: RetNet) -> tuple[dict[str, Any], dict[str, Tensor]]:
   """`config.json` and the parameters, not read yet, of `model` in fla."""
-  options = describe(model, dialect="fla", activation="silu", embedding_scale=1.0)
-  if not np.allclose(log_decay(model), log_decays(options["num_heads"], "geometric"), rtol=1e-6):
-    raise ValueError("the decays are not the geometric ones, the only ones that fla has")
+  expected = {"activation": "silu", "embedding_scale": 1.0, "decay_schedule": "geometric"}
+  options = describe(model, dialect="fla", **expected)
   d = options["d_model"]
   config = {
     "model_type": "retnet",

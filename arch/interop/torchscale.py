@@ -2,14 +2,13 @@
 
 import functools
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_args
 
+import jax.numpy as jnp
 import numpy as np
 
-from triform import kernels
-
 from ..assembly import fill
-from ..mixers.retention import log_decays, rotary_angles
+from ..mixers.retention import DecaySchedule, log_decays, rotary_angles
 from ..models.retnet import RetNet
 from .checkpoint import (
   Table,
@@ -22,7 +21,6 @@ from .checkpoint import (
   param_dtype,
   read_config,
   revert,
-  rotary_steps,
   tied,
   transposed,
 )
@@ -61,8 +59,8 @@ def from_torchscale(config: Mapping[str, Any], params: Mapping[str, Any], **opti
 
   The logits are those of torchscale's recurrent form. Its parallel and chunkwise forms also
   divide every row by a clamped sum, which the head norm undoes except for `layernorm_eps`.
-  Rotary angles and decays are taken from `retnet_rel_pos` where the checkpoint has them, else
-  computed.
+  Where the checkpoint has `retnet_rel_pos`, its angles must be torchscale's own, and its decays
+  those of a `decay_schedule`, as far as their dtype can tell.
 
   Args:
     config: torchscale's own option names. What is missing has the default of `RetNetConfig`,
@@ -119,7 +117,7 @@ def to_torchscale(model: RetNet) -> tuple[dict[str, Any], dict[str, np.ndarray]]
   params = {name: np.asarray(tensor) for name, tensor in revert(model, _table(options)).items()}
   if options["tie_embeddings"]:
     params[HEAD] = params[EMBEDDING]  # torchscale keeps the shared matrix under both names
-  angles = rotary_steps(model) / 2**32 * 2 * np.pi
+  angles = rotary_angles(d // options["num_heads"], "torchscale")
   params[ANGLE] = np.repeat(angles, 2).astype(np.float32)
   params[DECAY] = log_decay(model).astype(np.float32)
   return config, params
@@ -156,17 +154,10 @@ def read(
     "tie_embeddings": settings["share_decoder_input_output_embed"],
     "eps": settings["layernorm_eps"],
   }
-  params, buffers = _buffers(params, **model)
-  return model, convert(params, _table(model)) | buffers
-
-
-def without_buffers(model: Mapping[str, Any], leaves: dict[str, Any]) -> dict[str, Any]:
-  """`leaves` of `read` for a model that computes its own decays and angles: these must be close."""
-  computed = _buffers({}, **model)[1]
-  for name, expected in computed.items():
-    if not np.allclose(leaves[name].astype(np.float64), expected, rtol=1e-5, atol=0):
-      raise ValueError(f"{name} is {leaves[name][0]}, expected {expected[0]}, torchscale's own")
-  return {name: leaf for name, leaf in leaves.items() if name not in computed}
+  params = dict(params)
+  model["decay_schedule"] = _decay_schedule(params.pop(DECAY, None), model["num_heads"])
+  _check_angles(params.pop(ANGLE, None), model["d_model"] // model["num_heads"])
+  return model, convert(params, _table(model))
 
 
 def _table(model: Mapping[str, Any]) -> Table:
@@ -195,23 +186,33 @@ def _table(model: Mapping[str, Any]) -> Table:
   return Table("torchscale", weights, layer_weights, model["num_layers"], "layers.")
 
 
-def _buffers(
-  params: Mapping[str, Any], *, d_model: int, num_heads: int, num_layers: int, **_
-) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-  """`params` without the buffers that all layers share there, and these as every layer has them."""
-  params, size = dict(params), d_model // num_heads
-  decay = np.asarray(params.pop(DECAY, log_decays(num_heads, "geometric")))
-  angle = np.asarray(params.pop(ANGLE, np.repeat(rotary_angles(size, "torchscale"), 2)))
-  for name, array, length in ((DECAY, decay, num_heads), (ANGLE, angle, size)):
-    if array.shape != (length,):
-      raise ValueError(f"{name} has shape {list(array.shape)}, expected [{length}]")
-  if not np.array_equal(angle[0::2], angle[1::2]):
-    raise ValueError(f"{ANGLE} is {angle}, expected every angle twice in a row")
-  buffers = {"log_decay": decay, "rotary_steps": kernels.rotary_steps(angle[0::2])}
-  return params, {
-    f"variables/stack/layers/mixer/{name}": np.broadcast_to(value, (num_layers, *value.shape))
-    for name, value in buffers.items()
-  }
+def _decay_schedule(decays: Any, num_heads: int) -> DecaySchedule:
+  """The schedule that gives `decays`, torchscale's own if there are none."""
+  schedules = get_args(DecaySchedule)
+  for schedule in schedules:
+    if decays is None or _equal(decays, log_decays(num_heads, schedule)):
+      return schedule
+  raise ValueError(
+    f"{DECAY} is {np.asarray(decays)}, expected the decays of {num_heads} heads of one of the "
+    f"schedules {', '.join(schedules)}"
+  )
+
+
+def _check_angles(angles: Any, key_size: int) -> None:
+  expected = np.repeat(rotary_angles(key_size, "torchscale"), 2)
+  if angles is not None and not _equal(angles, expected):
+    raise ValueError(
+      f"{ANGLE} is {np.asarray(angles)}, expected every angle twice of {expected[::2]}"
+    )
+
+
+def _equal(table: Any, expected: np.ndarray) -> bool:
+  """Up to the rounding of its dtype; computed in float32, torchscale's slowest decays are 0."""
+  table = np.asarray(table)
+  rtol = max(1e-5, float(jnp.finfo(table.dtype).eps))
+  return table.shape == expected.shape and np.allclose(
+    table.astype(np.float64), expected, rtol=rtol, atol=2.0**-24
+  )
 
 
 def _check_layout(params):
