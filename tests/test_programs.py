@@ -83,7 +83,7 @@ def test_the_three_forms_agree_on_a_trained_model(folder):
 def test_eval_writes_its_result(folder):
   done = run(
     folder, "eval.py", "--workdir=runs/retnet_tiny", "--form=recurrent", "--json=out.json",
-    "--text=stdlib", "--config.eval.max_tokens=200",
+    "--text=stdlib", "--config.eval.max_tokens=200", "--step=56",
   )  # fmt: skip
   assert done.returncode == 0, done.stderr
   result = json.loads((folder / "out.json").read_text())
