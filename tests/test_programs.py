@@ -221,6 +221,6 @@ def test_readme_programs(folder):
       capture_output=True,
       text=True,
       timeout=300,
-      env=environment(folder),
+      env={**os.environ, "TRIFORM_DATA": str(folder / "data")},
     )
     assert done.returncode == 0, done.stderr
