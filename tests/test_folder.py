@@ -71,6 +71,12 @@ def test_a_config_given_replaces_the_folders(tmp_path):
   assert "mixer" not in str(caught.value)
 
 
+def test_a_folder_says_every_option(tmp_path):
+  random_folder(tmp_path / "m")
+  assert "decay" not in MODEL
+  assert load_config(tmp_path / "m").model.decay == "fixed"
+
+
 def test_an_option_that_an_older_folder_lacks_has_its_default(tmp_path):
   model = random_folder(tmp_path / "m", eps=1e-6)
   edit(tmp_path / "m", lambda d: d["config"]["model"].pop("eps"))
