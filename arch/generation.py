@@ -71,6 +71,7 @@ def generate(model: LanguageModel, ids: Any, **options: Any) -> np.ndarray:  # i
 def _stream(model, ids, max_new_tokens, sampling, seed):
   graphdef, params, variables = split_model(model)
   weights = (params, variables)
+  prefill, decode = _programs(graphdef)
   b, t = ids.shape
   state = model.init_state(b, max_len=t + max_new_tokens)
   for start in range(0, t, PREFILL_PIECE):
@@ -78,28 +79,33 @@ def _stream(model, ids, max_new_tokens, sampling, seed):
     real = piece.shape[1]
     padded = min(PREFILL_PIECE, max(SMALLEST_PIECE, 1 << (real - 1).bit_length()))
     piece = np.pad(piece, ((0, 0), (0, padded - real)))
-    logits, state = _prefill(graphdef, weights, state, piece, np.int32(real))
+    logits, state = prefill(weights, state, piece, np.int32(real))
   key = jax.random.key(seed)
   for n in range(max_new_tokens):
     token = _sample(logits, jax.random.fold_in(key, n), *sampling)
     if n + 1 < max_new_tokens:
-      logits, state = _decode(graphdef, weights, state, token)
+      logits, state = decode(weights, state, token)
     yield np.asarray(token)
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
-def _prefill(graphdef, weights, state, piece, real):
-  model = nnx.merge(graphdef, *weights)
-  mask = jnp.broadcast_to(jnp.arange(piece.shape[1])[None] < real, piece.shape)
-  features, state = model.encode(piece, state, form="chunkwise", mask=mask)
-  last = jax.lax.dynamic_index_in_dim(features, real - 1, axis=1)
-  return model.read_out(last)[:, 0], state
+@functools.lru_cache(maxsize=16)
+def _programs(graphdef):
+  """Prefill and decoding step; looked up once a stream, for a graph takes milliseconds to hash."""
 
+  @functools.partial(jax.jit, donate_argnums=1)
+  def prefill(weights, state, piece, real):
+    model = nnx.merge(graphdef, *weights)
+    mask = jnp.broadcast_to(jnp.arange(piece.shape[1])[None] < real, piece.shape)
+    features, state = model.encode(piece, state, form="chunkwise", mask=mask)
+    last = jax.lax.dynamic_index_in_dim(features, real - 1, axis=1)
+    return model.read_out(last)[:, 0], state
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
-def _decode(graphdef, weights, state, token):
-  logits, state = nnx.merge(graphdef, *weights)(token[:, None], state, form="recurrent")
-  return logits[:, 0], state
+  @functools.partial(jax.jit, donate_argnums=1)
+  def decode(weights, state, token):
+    logits, state = nnx.merge(graphdef, *weights)(token[:, None], state, form="recurrent")
+    return logits[:, 0], state
+
+  return prefill, decode
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3, 4, 5))

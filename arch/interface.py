@@ -29,7 +29,6 @@ from triform.kernels.retention import FORMS, Form
 
 __all__ = [
   "FORMS",
-  "Buffer",
   "Form",
   "Scanned",
   "SequenceModule",
@@ -48,10 +47,6 @@ class Scanned(NamedTuple):
   """The states of a scanned stack: a leading layer axis, the batch second."""
 
   layers: State
-
-
-class Buffer(nnx.Variable):
-  """A value that belongs to the model and its checkpoints but is not trained."""
 
 
 class SequenceModule(nnx.Module):

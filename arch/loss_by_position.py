@@ -7,9 +7,8 @@ tokens count that the window before did not reach. So every token counts once, a
 from at least ceil(w / 2) tokens before it (or from all there are), at the price of reading each
 twice.
 
-Both are runs of the token stream that start from an empty state (`Span`), so both are read by the
-same compiled program: rows of a batch take one span after another, and a span goes on from batch
-to batch.
+Both are runs of the token stream that start from an empty state (`Span`), and are read alike: rows
+of a batch take one span after another, and a span goes on from batch to batch.
 """
 
 import itertools
@@ -61,7 +60,7 @@ def loss_by_position(
     `sliding`; and `positions`, a list of the same by group, with its `first` and `last` position.
 
   Raises:
-    ValueError: for sizes below 1 or a window below 2, or if no token counts.
+    ValueError: for sizes below 1 or a window below 2, or if there is no token that counts.
   """
   check_positive(seq_len=seq_len, batch_size=batch_size)
   if window < 2:
@@ -75,7 +74,9 @@ def loss_by_position(
     batches = span_batches(stream, spans, rows=rows, seq_len=seq_len)
     return _by_bucket(carried_losses(model, batches, form=form))
 
-  longest, total = int(max(ends - begins)), int(sum(ends - begins))
+  if not len(begins):
+    raise ValueError("expected at least one document, got none")
+  longest, total = int((ends - begins).max()), int((ends - begins).sum())
   carried, counts = measure(carried_spans(begins, ends), longest, total)
   sliding, _ = measure(sliding_spans(begins, ends, window), min(window, longest), total)
   tokens = int(counts.sum())

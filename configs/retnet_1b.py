@@ -1,6 +1,8 @@
 """RetNet, the 1.3B of the paper with the published code's widths: 1,351,714,816 parameters.
 
 python train.py --config=configs/retnet_1b.py --workdir=runs/retnet_1b
+
+A step of 32 x 2,048 tokens takes 3.2 GiB a chip on 16 TPU v5e (4x4, fsdp), by the compiler.
 """
 
 from triform.arch.training.config import default_config

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 SECONDS = 60
-XLA, POSITIONS = "kernels/retention/xla.py", "kernels/positions.py"
+API, XLA, POSITIONS = "kernels/retention/api.py", "kernels/retention/xla.py", "kernels/positions.py"
 MIXER, STACK = "arch/mixers/retention.py", "arch/models/stack.py"
 PACKING = "arch/data/packing.py"
 LAWS, KERNELS = "tests/test_laws.py", "tests/test_kernels_retention.py"
@@ -49,9 +49,8 @@ FAULTS = [
     "recurrent form resets after the token",
     "retention",
     XLA,
-    "new = decay * state + k[:, :, None, :, None] * v[:, :, None, None, :]",
-    "new = jnp.exp(log_decay if per_token is None else per_token).reshape(-1, g, h // g, 1, 1)"
-    " * state + k[:, :, None, :, None] * v[:, :, None, None, :]\n"
+    "new = kept + k[:, :, None, :, None] * v[:, :, None, None, :]",
+    "new = decay * state + k[:, :, None, :, None] * v[:, :, None, None, :]\n"
     "    new = new if reset is None else jnp.where(reset[:, None, None, None, None], 0, new)",
     LAWS,
     "law_1_forms_agree and retention-fixed and float64",
@@ -86,7 +85,7 @@ FAULTS = [
   Fault(
     "row scale off by one token",
     "retention",
-    "kernels/retention/api.py",
+    API,
     "count = (position.astype(dtype) + 1)[..., None]",
     "count = position.astype(dtype)[..., None]",
     LAWS,
@@ -205,11 +204,29 @@ FAULTS = [
   Fault(
     "masked tokens decay the state",
     "padding",
-    XLA,
-    "jnp.where(real, decays, 0)",
-    "decays",
+    API,
+    "jnp.where(mask[..., None], log_decay, 0)",
+    "log_decay",
     LAWS,
     "law_1_forms_agree and retention-gated and float64",
+  ),
+  Fault(
+    "masked NaN reaches the products",
+    "padding",
+    API,
+    "(jnp.where(mask[..., None, None], a, 0) for a in (q, k, v))",
+    "(q, k, v)",
+    KERNELS,
+    "masked_tokens_may_be_nan",
+  ),
+  Fault(
+    "a reset multiplies the state by 0",
+    "packing",
+    XLA,
+    "return jnp.where(weights == 0, 0, weights * x)",
+    "return weights * x",
+    KERNELS,
+    "reset_heals",
   ),
   Fault(
     "masked call rewrites the state",

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import re
 from pathlib import Path
 
 import jax
@@ -54,10 +55,8 @@ def test_a_training_step_of_retnet_1b_fits_on_v5e_4x4(v5e_4x4):
     compiled = program.step.lower(program.abstract, batch, step).compile()
   memory = compiled.memory_analysis()
   used = memory.argument_size_in_bytes + memory.temp_size_in_bytes
-  print(
-    f"{used / 2**30:.2f} GiB a chip, of which {memory.temp_size_in_bytes / 2**30:.2f} temporary"
-  )
   assert used < 0.95 * V5E_MEMORY
   state = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(program.abstract))
   assert memory.argument_size_in_bytes < 1.02 * state / mesh.size + 2**20, "state is not divided"
-  assert f"{used / 2**30:.1f} GiB" in docstring
+  (told,) = re.findall(r"([\d.]+) GiB a chip", docstring)
+  assert float(told) == pytest.approx(used / 2**30, rel=0.1)  # another compiler, another plan

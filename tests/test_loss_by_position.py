@@ -203,6 +203,11 @@ def test_memory_does_not_grow_with_the_document():
   assert peak(40_000) < 1.5 * peak(4000) < 1e6
 
 
+def test_no_documents_are_refused():
+  with pytest.raises(ValueError, match="at least one document"):
+    measure(None, documents_of())
+
+
 @pytest.mark.parametrize(
   ("options", "message"),
   [

@@ -65,7 +65,7 @@ def test_multipliers_are_found_by_name_without_layer_numbers():
 
 def test_a_parameter_without_a_multiplier_is_named():
   rules = ((r"kernel$", 1.0), (r"scale$", 1.0))
-  with pytest.raises(ValueError, match="no pattern .* matches parameter embedding/embedding"):
+  with pytest.raises(ValueError, match=r"no pattern .* matches parameter embedding/embedding"):
     step(config(learning_rate_multipliers=rules))
 
 

@@ -2,7 +2,7 @@
 
 import contextlib
 import difflib
-import importlib
+import importlib.util
 import io
 import logging
 import re
@@ -114,7 +114,10 @@ def prepared_builder(name: str, folder: Path) -> tfds.core.DatasetBuilder:
     return tfds.builder(name, data_dir=folder, file_format="array_record")
 
   with _quiet(), explained(f"cannot use the TFDS set {name!r}"):
-    make_builder()
+    module = sys.modules[type(make_builder()).__module__]
+    if hasattr(module, "tf") and importlib.util.find_spec("tensorflow") is None:
+      # TFDS would find out after the download.
+      raise ModuleNotFoundError(name="tensorflow")
   print(f"preparing the TFDS set {name} in {folder}", file=sys.stderr, flush=True)
   # Without a network, ten tries would take TFDS three minutes and a half.
   downloader.MAX_RETRIES = min(downloader.MAX_RETRIES, 5)
@@ -191,8 +194,8 @@ def explained(what: str, *passed: type[Exception]) -> Iterator[None]:
   except ImportError as error:
     needed = error.name or "a package"
     raise ValueError(
-      f"{what}: TFDS needs {needed} for it; prepare it where that is installed, with "
-      "--file_format=array_record, in TFDS_DATA_DIR or the data folder"
+      f"{what}: TFDS needs {needed} to prepare it; install that, or prepare it elsewhere with "
+      "`tfds build --file_format=array_record` and set TFDS_DATA_DIR"
     ) from error
   except Exception as error:
     network = any(

@@ -2,13 +2,13 @@
 
 import functools
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_args
 
 import jax.numpy as jnp
 import numpy as np
 
 from ..assembly import fill
-from ..mixers.retention import log_decays, rotary_angles
+from ..mixers.retention import DecaySchedule, log_decays, rotary_angles
 from ..models.retnet import RetNet
 from .checkpoint import (
   Table,
@@ -46,7 +46,6 @@ SUPPORTED = {
 }
 ACTIVATIONS = {"swish": "silu", "gelu": "gelu", "relu": "relu"}
 EMBEDDING, HEAD = "embed_tokens.weight", "output_projection.weight"
-DECAY_SCHEDULES = ("geometric", "linspace")
 ANGLE, DECAY = "retnet_rel_pos.angle", "retnet_rel_pos.decay"
 
 
@@ -189,7 +188,7 @@ def _schedule(decay: Any, num_heads: int) -> str:
   """The name of the decays that a checkpoint holds; torchscale's own where it holds none."""
   if decay is None:
     return "geometric"
-  for schedule in DECAY_SCHEDULES:
+  for schedule in get_args(DecaySchedule):
     if _equal(decay, log_decays(num_heads, schedule)):
       return schedule
   given, expected = np.asarray(decay).tolist(), log_decays(num_heads, "geometric").tolist()
