@@ -211,9 +211,16 @@ def test_readme_python(folder, monkeypatch, block):
 
 @pytest.mark.slow
 def test_readme_programs(folder):
-  commands = [line for block in blocks("bash") for line in block.splitlines() if "eval.py" in line]
-  assert len(commands) == 3
+  lines = [line for block in blocks("bash") for line in block.splitlines()]
+  commands = [line for line in lines if "eval.py" in line or "-m triform" in line]
+  assert len(commands) == 6
   for command in commands:
-    _, *arguments = shlex.split(command)
-    done = run(folder, *arguments)
+    done = subprocess.run(
+      [sys.executable, *shlex.split(command.replace("eval.py", str(ROOT / "eval.py")))[1:]],
+      cwd=folder,
+      capture_output=True,
+      text=True,
+      timeout=300,
+      env={**os.environ, "TRIFORM_DATA": str(folder / "data")},
+    )
     assert done.returncode == 0, done.stderr
