@@ -1,5 +1,6 @@
 """What the programs say about mistakes on their command lines."""
 
+import subprocess
 import sys
 
 import pytest
@@ -92,3 +93,23 @@ def test_an_error_of_the_program_keeps_its_traceback():
 
   with pytest.raises(RuntimeError, match="a bug"):
     cli._guarded(main)
+
+
+ENDLESS = """
+from triform.arch import cli
+
+def main():
+  while True:
+    print("x" * 1000)
+
+cli.run(main)
+"""
+
+
+def test_a_reader_that_has_had_enough_ends_the_program():
+  pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+  with subprocess.Popen([sys.executable, "-c", ENDLESS], **pipes) as child:
+    assert child.stdout.read(10) == b"x" * 10
+    child.stdout.close()
+    assert child.wait(60) == 0
+    assert child.stderr.read() == b""
