@@ -57,9 +57,7 @@ def ours(batch: int, length: int):
   graphdef, params, variables = split_model(build(config.model, rngs=nnx.Rngs(0)))
   update = optimizer(config.optimizer, 1000)
   held = [TrainState(params, variables, update.init(params))]
-  step_fn = jax.jit(
-    make_train_step(graphdef, update, form=config.form, seed=0), donate_argnums=0
-  )
+  step_fn = jax.jit(make_train_step(graphdef, update, form=config.form, seed=0), donate_argnums=0)
   inputs, targets = tokens(batch, length).astype(np.int32)
   mask = np.ones(inputs.shape, bool)
   reset = np.arange(length)[None] == np.zeros((batch, 1), int)
