@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from .interface import Buffer, SequenceModule
+from .interface import SequenceModule
 from .layout import by_stacked_name, from_stacked, split_model, to_stacked
 from .models import build
 
@@ -19,9 +19,7 @@ def expected_leaves(config: Mapping[str, Any]) -> dict[str, jax.ShapeDtypeStruct
   """Shape and dtype of all that a file of the model `config` holds, by name as in `arch.layout`."""
   model = nnx.eval_shape(lambda: build({**config, "scan_layers": True}, rngs=nnx.Rngs(0)))
   _, params, variables = split_model(model)
-  computed = jax.eval_shape(lambda: _computed(config)).keys()
-  leaves = to_stacked({"params": params, "variables": variables})
-  return {name: leaf for name, leaf in leaves.items() if name not in computed}
+  return to_stacked({"params": params, "variables": variables})
 
 
 def check_leaves(
@@ -59,7 +57,6 @@ def fill(config: Mapping[str, Any], leaves: Mapping[str, Any]) -> SequenceModule
   abstract = nnx.eval_shape(lambda: build(config, rngs=nnx.Rngs(0)))
   graphdef, params, variables = split_model(abstract)
   like = {"params": params, "variables": variables}
-  leaves = {**_computed(config), **leaves}
 
   filled = {}
   for name, leaf in by_stacked_name(like).items():
@@ -71,14 +68,3 @@ def fill(config: Mapping[str, Any], leaves: Mapping[str, Any]) -> SequenceModule
       filled[name] = jnp.array(value, leaf.dtype)
   model = from_stacked(filled, like)
   return nnx.merge(graphdef, model["params"], model["variables"])
-
-
-def _computed(config: Mapping[str, Any]) -> dict[str, jax.Array]:
-  """The variables that follow from `config` and that no file needs to hold."""
-
-  @jax.jit  # so that the parameters beside them are never made
-  def constants():
-    model = build({**config, "scan_layers": True}, rngs=nnx.Rngs(0))
-    return to_stacked({"variables": nnx.to_pure_dict(nnx.state(model, Buffer))})
-
-  return constants()

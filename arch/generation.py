@@ -9,21 +9,22 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from .interface import SequenceModule
 from .layout import split_model
+from .models.language_model import LanguageModel
 
 PREFILL_PIECE = 512
 SMALLEST_PIECE = 16
 
 
 def stream(
-  model: SequenceModule,
+  model: LanguageModel,
   ids: Any,  # int[b, t] or int[t]
   *,
   max_new_tokens: int,
   temperature: float = 1.0,
   top_k: int | None = None,
   top_p: float | None = None,
+  vocab_size: int | None = None,
   seed: int = 0,
 ) -> Iterator[np.ndarray]:  # int32[b] each
   """Yields the continuation of `ids` token by token, in constant memory and time per token.
@@ -35,26 +36,32 @@ def stream(
     temperature: logits are divided by it; 0 takes the most likely token.
     top_k: sample among the `k` most likely tokens only.
     top_p: sample among the most likely tokens that together have this probability only.
+    vocab_size: sample among so many of the first tokens only: those that a tokenizer can decode,
+      where it has fewer than the model.
     seed: the same seed, prompt and model give the same tokens.
 
   Raises:
-    ValueError: for an empty prompt, or a setting out of range.
+    ValueError: for an empty prompt, an id that the model does not have, or a setting out of range.
   """
   ids = np.atleast_2d(np.asarray(ids, np.int32))
   if ids.shape[1] == 0:
     raise ValueError("the prompt is empty, expected at least one token (such as bos_id)")
+  for worst in (ids.min(), ids.max()):
+    if not 0 <= worst < model.vocab_size:
+      raise ValueError(f"the prompt has id {worst}, expected ids in [0, {model.vocab_size})")
   for name, value, fits in (
     ("temperature", temperature, temperature >= 0),
     ("top_k", top_k, top_k is None or top_k >= 1),
     ("top_p", top_p, top_p is None or 0 < top_p <= 1),
+    ("vocab_size", vocab_size, vocab_size is None or 1 <= vocab_size <= model.vocab_size),
     ("max_new_tokens", max_new_tokens, max_new_tokens >= 0),
   ):
     if not fits:
       raise ValueError(f"{name} is {value}, which is out of range")
-  return _stream(model, ids, max_new_tokens, (temperature, top_k, top_p), seed)
+  return _stream(model, ids, max_new_tokens, (vocab_size, temperature, top_k, top_p), seed)
 
 
-def generate(model: SequenceModule, ids: Any, **options: Any) -> np.ndarray:  # int32[b, n]
+def generate(model: LanguageModel, ids: Any, **options: Any) -> np.ndarray:  # int32[b, n]
   """All of the continuation at once; arguments as in `stream`."""
   tokens = list(stream(model, ids, **options))
   rows = np.atleast_2d(np.asarray(ids)).shape[0]
@@ -101,9 +108,10 @@ def _programs(graphdef):
   return prefill, decode
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3, 4))
-def _sample(logits, key, temperature, top_k, top_p):
+@functools.partial(jax.jit, static_argnums=(2, 3, 4, 5))
+def _sample(logits, key, vocab_size, temperature, top_k, top_p):
   """[b, vocab] -> int32[b]."""
+  logits = logits[:, :vocab_size]
   if temperature == 0:
     return jnp.argmax(logits, axis=-1).astype(jnp.int32)
   logits = logits / temperature

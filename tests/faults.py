@@ -19,8 +19,9 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 SECONDS = 60
-XLA, POSITIONS = "kernels/retention/xla.py", "kernels/positions.py"
+API, XLA, POSITIONS = "kernels/retention/api.py", "kernels/retention/xla.py", "kernels/positions.py"
 MIXER, STACK = "arch/mixers/retention.py", "arch/models/stack.py"
+PACKING = "arch/data/packing.py"
 LAWS, KERNELS = "tests/test_laws.py", "tests/test_kernels_retention.py"
 
 
@@ -48,9 +49,8 @@ FAULTS = [
     "recurrent form resets after the token",
     "retention",
     XLA,
-    "new = decay * state + k[:, :, None, :, None] * v[:, :, None, None, :]",
-    "new = jnp.exp(log_decay if per_token is None else per_token).reshape(-1, g, h // g, 1, 1)"
-    " * state + k[:, :, None, :, None] * v[:, :, None, None, :]\n"
+    "new = kept + k[:, :, None, :, None] * v[:, :, None, None, :]",
+    "new = decay * state + k[:, :, None, :, None] * v[:, :, None, None, :]\n"
     "    new = new if reset is None else jnp.where(reset[:, None, None, None, None], 0, new)",
     LAWS,
     "law_1_forms_agree and retention-fixed and float64",
@@ -85,7 +85,7 @@ FAULTS = [
   Fault(
     "row scale off by one token",
     "retention",
-    "kernels/retention/api.py",
+    API,
     "count = (position.astype(dtype) + 1)[..., None]",
     "count = position.astype(dtype)[..., None]",
     LAWS,
@@ -159,10 +159,29 @@ FAULTS = [
     "scanned stack forgets reset",
     "packing",
     STACK,
-    "return self._scan(x, state, keys, call)",
-    'return self._scan(x, state, keys, call | {"reset": None})',
+    "x, after = block(x, before, form=form, reset=reset, mask=mask, rngs=rngs)",
+    "reset = None if self.scan else reset\n"
+    "      x, after = block(x, before, form=form, reset=reset, mask=mask, rngs=rngs)",
     LAWS,
     "law_4_packing and stack-scanned",
+  ),
+  Fault(
+    "no reset where a document begins",
+    "packing",
+    PACKING,
+    '"reset": begins,',
+    '"reset": np.zeros(real, bool),',
+    "tests/test_data_packing.py",
+    "windows_hold_the_stream",
+  ),
+  Fault(
+    "targets one token late",
+    "packing",
+    PACKING,
+    "targets[~ending] = self._documents.tokens[inner]",
+    "targets[~ending] = self._documents.tokens[np.maximum(inner - 1, 0)]",
+    "tests/test_data_packing.py",
+    "windows_hold_the_stream",
   ),
   Fault(
     "masked token's reset honoured",
@@ -185,11 +204,29 @@ FAULTS = [
   Fault(
     "masked tokens decay the state",
     "padding",
-    XLA,
-    "jnp.where(real, decays, 0)",
-    "decays",
+    API,
+    "jnp.where(mask[..., None], log_decay, 0)",
+    "log_decay",
     LAWS,
     "law_1_forms_agree and retention-gated and float64",
+  ),
+  Fault(
+    "masked NaN reaches the products",
+    "padding",
+    API,
+    "(jnp.where(mask[..., None, None], a, 0) for a in (q, k, v))",
+    "(q, k, v)",
+    KERNELS,
+    "masked_tokens_may_be_nan",
+  ),
+  Fault(
+    "a reset multiplies the state by 0",
+    "packing",
+    XLA,
+    "return jnp.where(weights == 0, 0, weights * x)",
+    "return weights * x",
+    KERNELS,
+    "reset_heals",
   ),
   Fault(
     "masked call rewrites the state",
@@ -213,7 +250,7 @@ FAULTS = [
     "scanned stack drops batch statistics",
     "training",
     STACK,
-    "nnx.update(self.layers, statistics)",
+    "self._update(self.layers, statistics, rngs)",
     "pass",
     "tests/test_interface.py",
     "scanned_equals_unrolled",

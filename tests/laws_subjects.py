@@ -9,6 +9,8 @@ from toy import ToyBlock
 
 from triform.arch import Block, Retention, RetentionState, RetNet, Stack
 from triform.arch.layers.feed_forward import GatedFeedForward
+from triform.arch.mixers.retention import log_decays, rotary_angles
+from triform.kernels import rotary_steps
 from triform.kernels.retention import reference
 
 D, VOCAB = 8, 32
@@ -17,8 +19,9 @@ D, VOCAB = 8, 32
 def retention_oracle(variables, x, state, reset, mask, *, dialect, eps=1e-6):
   """`Retention` with a fixed decay, a token and a row at a time, as the paper prints it."""
   kernel = {name: p["kernel"] for name, p in variables.items() if isinstance(p, dict)}
-  log_decay = variables["log_decay"]
-  h, steps = len(log_decay), [int(s) for s in variables["rotary_steps"]]
+  h = state.kv.shape[1]
+  log_decay = log_decays(h, "geometric")
+  steps = [int(s) for s in rotary_steps(rotary_angles(state.kv.shape[2], dialect))]
   x, (b, t, _) = x.astype(np.float64), x.shape
   widths = {"query": 2 * len(steps), "key": 2 * len(steps), "value": len(kernel["output"]) // h}
   q, k, v = ((x @ kernel[name]).reshape(b, t, -1, width) for name, width in widths.items())
@@ -76,7 +79,7 @@ def block(dtype, param_dtype, rngs, dropout=0.0):
   )
 
 
-def stack(scan, one=block):
+def stack(scan, one):
   def make(dtype, param_dtype, rngs):
     dtypes = {"dtype": dtype, "param_dtype": param_dtype}
     return Stack(lambda r: one(**dtypes, rngs=r), 2, scan=scan, rngs=rngs)
@@ -100,8 +103,8 @@ register("retention-gated", retention(decay="gated"), vectors(D))
 register("retention-fla", retention(dialect="fla"), vectors(D), oracle=oracle("fla"))
 register("retention-grouped", retention(num_heads=4, num_kv_heads=2), vectors(D))
 register("block", functools.partial(block, dropout=0.3), vectors(D), trains=True)
-register("stack-scanned", stack(True), vectors(D))
-register("stack-unrolled", stack(False), vectors(D))
+register("stack-scanned", stack(True, retention()), vectors(D))
+register("stack-unrolled", stack(False, retention()), vectors(D))
 register("toy", functools.partial(ToyBlock, D), vectors(D), trains=True)
 register("toy-scanned", stack(True, functools.partial(ToyBlock, D)), vectors(D), trains=True)
 register("retnet-torchscale", language_model(scan_layers=False), distinct_ids(VOCAB), table=table)

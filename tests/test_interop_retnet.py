@@ -60,10 +60,6 @@ def run(model, ids, **arguments):
   return jax.jit(lambda ids: model(ids, **arguments))(ids)
 
 
-def buffers(model):
-  return split_model(model)[2]["stack"]["layers"]["mixer"]
-
-
 # torchscale
 
 
@@ -115,17 +111,27 @@ def test_torchscale_state_without_a_scale(torchscale):
     state_to_torchscale(model, model.init_state(2))
 
 
-def test_torchscale_buffers_are_taken_or_computed(torchscale):
+def test_torchscale_decays_and_angles_are_checked(torchscale):
   config, params, _ = torchscale
-  computed = {k: v for k, v in params.items() if not k.startswith("retnet_rel_pos")}
-  taken = from_torchscale(config, params, scan_layers=True)
-  computed = from_torchscale(config, computed, scan_layers=True)
-  for name, tolerance in (("log_decay", 1e-6), ("rotary_steps", 1e-6)):
-    a, b = (np.asarray(buffers(m)[name], np.float64) for m in (taken, computed))
-    np.testing.assert_allclose(a, b, rtol=tolerance)
-  decay = np.log1p(-np.exp(np.linspace(np.log(1 / 32), np.log(1 / 512), 4))).astype(np.float32)
-  other = from_torchscale(config, params | {"retnet_rel_pos.decay": decay}, scan_layers=True)
-  np.testing.assert_array_equal(buffers(other)["log_decay"], [decay, decay])
+  heads = config["decoder_retention_heads"]
+  paper = np.log1p(-np.exp(np.linspace(np.log(1 / 32), np.log(1 / 512), heads)))
+
+  def schedule(params):
+    return from_torchscale(config, params, scan_layers=True).stack.layers.mixer.decay_schedule
+
+  assert schedule(params) == "geometric"
+  assert schedule({k: v for k, v in params.items() if "retnet_rel_pos" not in k}) == "geometric"
+  for dtype in (np.float32, np.float64, ml_dtypes.bfloat16):
+    assert schedule(params | {"retnet_rel_pos.decay": paper.astype(dtype)}) == "linspace"
+  for decay in (np.full(heads, -0.1), np.append(paper, -0.1)):
+    with pytest.raises(
+      ValueError, match=r"retnet_rel_pos.decay is \[-.*\], which is not supported"
+    ):
+      schedule(params | {"retnet_rel_pos.decay": decay})
+  angle = params["retnet_rel_pos.angle"]
+  for wrong in (angle * np.float32(1.001), angle[:2], np.arange(8.0)):
+    with pytest.raises(ValueError, match=r"expected the 8 that torchscale computes"):
+      schedule(params | {"retnet_rel_pos.angle": wrong})
 
 
 def test_torchscale_prefix_tied_output_and_vocabulary(torchscale):
@@ -206,8 +212,6 @@ def test_parameters_are_used_exactly_once(torchscale):
   )
   with pytest.raises(ValueError, match=r"missing: layers.10.ffn.fc1.weight, .* and 88 more$"):
     from_torchscale(config | {"decoder_layers": 12}, params)
-  with pytest.raises(ValueError, match=r"expected every angle twice"):
-    from_torchscale(config, params | {"retnet_rel_pos.angle": np.arange(8.0)})
 
 
 def test_dtypes(torchscale):

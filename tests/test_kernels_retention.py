@@ -143,6 +143,43 @@ def test_strong_decays_stay_finite(form, decay):
 
 
 @every_form
+@every_decay
+def test_masked_tokens_may_be_nan(form, decay):
+  *arrays, state = map(np.float32, numbers(0, 7, decay))
+  mask = np.array([[True, False, True, True, False, True, False], [False] * 7])
+  reset = np.zeros((B, 7), bool)
+  junk = [a.copy() for a in arrays]
+  for array in junk[:3] + (junk[3:] if decay == "[b, t, h]" else []):
+    array[~mask] = np.nan
+  cotangents = (np.ones((B, 7, HEADS[decay][0], V), np.float32), np.ones_like(state))
+  for f in (
+    lambda *a: retention(*a, state, reset, mask, form),
+    lambda *a: gradients((*a, state), cotangents, reset, mask, form),
+  ):
+    got, expected = f(*junk), f(*arrays)
+    assert all(np.all(np.isfinite(a)) for a in got)
+    for one, other in zip(got[1:], expected[1:], strict=True):
+      np.testing.assert_array_equal(one, other)
+    np.testing.assert_array_equal(got[0][mask], expected[0][mask])
+
+
+@every_form
+@every_decay
+@pytest.mark.parametrize("at", [0, 2, 4, 6])
+def test_a_reset_heals_a_state(form, decay, at):
+  """Of its own row, from its token on."""
+  *arrays, state = map(np.float32, numbers(0, 7, decay))
+  state[0] = np.nan
+  reset = np.zeros((B, 7), bool)
+  reset[0, at] = True
+  out, after = retention(*arrays, state, reset, None, form)
+  clean, clean_after = retention(*arrays, 0 * numbers(0, 7, decay)[4], reset, None, form)
+  assert np.all(np.isnan(out[0, :at]))
+  assert np.all(np.isfinite(after)) and np.all(np.isfinite(out[1]))
+  chex.assert_trees_all_close((out[0, at:], after[0]), (clean[0, at:], clean_after[0]), rtol=1e-5)
+
+
+@every_form
 def test_takes_numpy_eagerly(form):
   *arrays, state = numbers(0, 7, "[h]")
   expected = reference.retention(*arrays, state=state)

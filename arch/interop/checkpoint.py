@@ -151,7 +151,7 @@ def param_dtype(params: Mapping[str, Any]) -> str:
 def describe(model: RetNet, **expected) -> dict[str, Any]:
   """The options of `RetNet` that say which function `model` is.
 
-  Raises `ValueError` naming one that is not as `expected`, all that the other library computes.
+  Raises `ValueError` naming one that is not as `expected`, which is all that the other library is.
   """
   layer = model.stack.layers if model.stack.scan else model.stack.layers[0]
   mixer = layer.mixer
@@ -166,6 +166,7 @@ def describe(model: RetNet, **expected) -> dict[str, Any]:
     "ffn_dim": layer.feed_forward.input.out_features,
     "activation": layer.feed_forward.activation,
     "decay": mixer.decay,
+    "decay_schedule": mixer.decay_schedule,
     "dialect": mixer.dialect,
     "embedding_scale": model.embedding_scale,
     "tie_embeddings": model.head is None,
@@ -174,26 +175,15 @@ def describe(model: RetNet, **expected) -> dict[str, Any]:
   }
   for name, value in {"decay": "fixed", **expected}.items():
     if options[name] != value:
-      raise ValueError(f"{name} is {options[name]!r}, which cannot be exported; expected {value!r}")
+      raise ValueError(
+        f"{name} is {options[name]!r}, which cannot be converted; expected {value!r}"
+      )
   return options
 
 
-def log_decay(model: RetNet) -> np.ndarray:  # [h]
-  """The fixed decays, which all layers share."""
-  layers = model.stack.layers
-  mixer = layers.mixer if model.stack.scan else layers[0].mixer
-  return np.asarray(mixer.log_decay[0 if model.stack.scan else ...])
-
-
-def rotary_steps(model: RetNet) -> np.ndarray:  # uint32[k/2]
-  """Angles per token in 2**-32 turns, which all layers share."""
-  layers = model.stack.layers
-  mixer = layers.mixer if model.stack.scan else layers[0].mixer
-  return np.asarray(mixer.rotary_steps[0 if model.stack.scan else ...])
-
-
-def layer_states(model: RetNet, state: Any) -> tuple[list[np.ndarray], int]:
+def layer_states(model: RetNet, state: Any, dialect: str) -> tuple[list[np.ndarray], int]:
   """`kv` `[b, h, k, v]` of every layer, and the number of tokens that every row has seen."""
+  describe(model, dialect=dialect)
   if model.stack.scan:
     states = [RetentionState(*(a[i] for a in state.layers)) for i in range(model.stack.num_layers)]
   else:
@@ -204,8 +194,9 @@ def layer_states(model: RetNet, state: Any) -> tuple[list[np.ndarray], int]:
   return [np.asarray(layer.kv) for layer in states], int(positions[0])
 
 
-def model_state(model: RetNet, kvs: list[np.ndarray], length: int) -> Any:
+def model_state(model: RetNet, kvs: list[np.ndarray], length: int, dialect: str) -> Any:
   """The inverse of `layer_states`."""
+  describe(model, dialect=dialect)
   if len(kvs) != model.stack.num_layers:
     raise ValueError(f"the cache has {len(kvs)} layers, expected {model.stack.num_layers}")
   like = jax.eval_shape(lambda: model.init_state(len(kvs[0])))

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 
 from ..assembly import fill
-from ..mixers.retention import log_decays
 from ..models.retnet import RetNet
 from ..tensors import Tensor
 from .checkpoint import (
@@ -17,7 +16,6 @@ from .checkpoint import (
   convert,
   describe,
   layer_states,
-  log_decay,
   model_state,
   param_dtype,
   read_config,
@@ -90,7 +88,7 @@ def state_to_fla(model: RetNet, state: Any) -> tuple[dict[int, dict[str, np.ndar
   Per layer `recurrent_state` `[b, h, k, v]`, whose keys fla does not scale: it scales the queries.
   All rows must have seen the same number of tokens, at least one.
   """
-  kvs, length = layer_states(model, state)
+  kvs, length = layer_states(model, state, "fla")
   scale = math.sqrt(kvs[0].shape[-2])
   return {i: {"recurrent_state": kv * kv.dtype.type(scale)} for i, kv in enumerate(kvs)}, length
 
@@ -99,7 +97,7 @@ def state_from_fla(model: RetNet, cache: Mapping[int, Any], length: int) -> Any:
   """The state of `model` for fla's `cache` after `length` tokens; inverse of `state_to_fla`."""
   kvs = [np.asarray(cache[i]["recurrent_state"]) for i in range(len(cache))]
   scale = math.sqrt(kvs[0].shape[-2])
-  return model_state(model, [kv / kv.dtype.type(scale) for kv in kvs], length)
+  return model_state(model, [kv / kv.dtype.type(scale) for kv in kvs], length, "fla")
 
 
 def read(
@@ -132,9 +130,9 @@ def read(
 
 def write(model: RetNet) -> tuple[dict[str, Any], dict[str, Tensor]]:
   """`config.json` and the parameters, not read yet, of `model` in fla."""
-  options = describe(model, dialect="fla", activation="silu", embedding_scale=1.0)
-  if not np.allclose(log_decay(model), log_decays(options["num_heads"], "geometric"), rtol=1e-6):
-    raise ValueError("the decays are not the geometric ones, the only ones that fla has")
+  options = describe(
+    model, dialect="fla", activation="silu", embedding_scale=1.0, decay_schedule="geometric"
+  )
   d = options["d_model"]
   config = {
     "model_type": "retnet",

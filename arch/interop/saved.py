@@ -30,7 +30,7 @@ def open_published(folder: Path) -> Saved | None:
     return Saved({"model": model}, None, leaves, read_tokenizer(folder, model["vocab_size"]))
   if any(name.startswith("decoder_") for name in config):
     model, leaves = torchscale.read(config, _state_dict(folder))
-    return Saved({"model": model}, None, torchscale.without_buffers(model, leaves), None)
+    return Saved({"model": model}, None, leaves, None)
   return None
 
 

@@ -2,14 +2,13 @@
 
 import functools
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_args
 
+import jax.numpy as jnp
 import numpy as np
 
-from triform import kernels
-
 from ..assembly import fill
-from ..mixers.retention import log_decays, rotary_angles
+from ..mixers.retention import DecaySchedule, log_decays, rotary_angles
 from ..models.retnet import RetNet
 from .checkpoint import (
   Table,
@@ -17,12 +16,10 @@ from .checkpoint import (
   convert,
   describe,
   layer_states,
-  log_decay,
   model_state,
   param_dtype,
   read_config,
   revert,
-  rotary_steps,
   tied,
   transposed,
 )
@@ -61,8 +58,7 @@ def from_torchscale(config: Mapping[str, Any], params: Mapping[str, Any], **opti
 
   The logits are those of torchscale's recurrent form. Its parallel and chunkwise forms also
   divide every row by a clamped sum, which the head norm undoes except for `layernorm_eps`.
-  Rotary angles and decays are taken from `retnet_rel_pos` where the checkpoint has them, else
-  computed.
+  Rotary angles and decays are computed, those in `retnet_rel_pos` must be the same up to rounding.
 
   Args:
     config: torchscale's own option names. What is missing has the default of `RetNetConfig`,
@@ -119,9 +115,9 @@ def to_torchscale(model: RetNet) -> tuple[dict[str, Any], dict[str, np.ndarray]]
   params = {name: np.asarray(tensor) for name, tensor in revert(model, _table(options)).items()}
   if options["tie_embeddings"]:
     params[HEAD] = params[EMBEDDING]  # torchscale keeps the shared matrix under both names
-  angles = rotary_steps(model) / 2**32 * 2 * np.pi
+  angles = rotary_angles(d // options["num_heads"], "torchscale")
   params[ANGLE] = np.repeat(angles, 2).astype(np.float32)
-  params[DECAY] = log_decay(model).astype(np.float32)
+  params[DECAY] = log_decays(options["num_heads"], options["decay_schedule"]).astype(np.float32)
   return config, params
 
 
@@ -156,17 +152,10 @@ def read(
     "tie_embeddings": settings["share_decoder_input_output_embed"],
     "eps": settings["layernorm_eps"],
   }
-  params, buffers = _buffers(params, **model)
-  return model, convert(params, _table(model)) | buffers
-
-
-def without_buffers(model: Mapping[str, Any], leaves: dict[str, Any]) -> dict[str, Any]:
-  """`leaves` of `read` for a model that computes its own decays and angles: these must be close."""
-  computed = _buffers({}, **model)[1]
-  for name, expected in computed.items():
-    if not np.allclose(leaves[name].astype(np.float64), expected, rtol=1e-5, atol=0):
-      raise ValueError(f"{name} is {leaves[name][0]}, expected {expected[0]}, torchscale's own")
-  return {name: leaf for name, leaf in leaves.items() if name not in computed}
+  params, heads = dict(params), model["num_heads"]
+  model["decay_schedule"] = _schedule(params.pop(DECAY, None), heads)
+  _check_angles(params.pop(ANGLE, None), model["d_model"] // heads)
+  return model, convert(params, _table(model))
 
 
 def _table(model: Mapping[str, Any]) -> Table:
@@ -195,23 +184,28 @@ def _table(model: Mapping[str, Any]) -> Table:
   return Table("torchscale", weights, layer_weights, model["num_layers"], "layers.")
 
 
-def _buffers(
-  params: Mapping[str, Any], *, d_model: int, num_heads: int, num_layers: int, **_
-) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-  """`params` without the buffers that all layers share there, and these as every layer has them."""
-  params, size = dict(params), d_model // num_heads
-  decay = np.asarray(params.pop(DECAY, log_decays(num_heads, "geometric")))
-  angle = np.asarray(params.pop(ANGLE, np.repeat(rotary_angles(size, "torchscale"), 2)))
-  for name, array, length in ((DECAY, decay, num_heads), (ANGLE, angle, size)):
-    if array.shape != (length,):
-      raise ValueError(f"{name} has shape {list(array.shape)}, expected [{length}]")
-  if not np.array_equal(angle[0::2], angle[1::2]):
-    raise ValueError(f"{ANGLE} is {angle}, expected every angle twice in a row")
-  buffers = {"log_decay": decay, "rotary_steps": kernels.rotary_steps(angle[0::2])}
-  return params, {
-    f"variables/stack/layers/mixer/{name}": np.broadcast_to(value, (num_layers, *value.shape))
-    for name, value in buffers.items()
-  }
+def _schedule(decay: Any, num_heads: int) -> str:
+  """The name of the decays that a checkpoint holds; torchscale's own where it holds none."""
+  if decay is None:
+    return "geometric"
+  for schedule in get_args(DecaySchedule):
+    if _equal(decay, log_decays(num_heads, schedule)):
+      return schedule
+  given, expected = np.asarray(decay).tolist(), log_decays(num_heads, "geometric").tolist()
+  raise ValueError(f"{DECAY} is {given}, which is not supported; expected {expected}")
+
+
+def _check_angles(angle: Any, size: int) -> None:
+  expected = np.repeat(rotary_angles(size, "torchscale"), 2)
+  if angle is not None and not _equal(angle, expected):
+    raise ValueError(f"{ANGLE} is not supported: expected the {size} that torchscale computes")
+
+
+def _equal(buffer: Any, expected: np.ndarray) -> bool:
+  """Up to rounding: torchscale has 1 - decay in float32, and `half()` rounds buffers too."""
+  rtol = max(1e-5, 2 * float(jnp.finfo(buffer.dtype).eps))
+  buffer = np.asarray(buffer, np.float64)
+  return buffer.shape == expected.shape and np.allclose(buffer, expected, rtol=rtol, atol=2**-23)
 
 
 def _check_layout(params):
@@ -245,8 +239,10 @@ def state_to_torchscale(model: RetNet, state: Any) -> tuple[dict[int, dict[str, 
   `s_n`, and `scale` `[h]`, `s_n^2`. torchscale keeps the length only as that of the tokens it is
   called with. All rows must have seen the same number of tokens: `scale` has no batch axis.
   """
-  kvs, length = layer_states(model, state)
-  scale = np.exp(np.outer(log_decay(model), np.arange(length))).sum(axis=1)
+  kvs, length = layer_states(model, state, "torchscale")
+  mixer = (model.stack.layers if model.stack.scan else model.stack.layers[0]).mixer
+  decays = log_decays(mixer.num_heads, mixer.decay_schedule)
+  scale = np.exp(np.outer(decays, np.arange(length))).sum(axis=1)
   cache = {}
   for i, kv in enumerate(kvs):
     pairs = np.stack(np.split(kv, 2, axis=2), axis=3).reshape(kv.shape)
@@ -265,4 +261,4 @@ def state_from_torchscale(model: RetNet, cache: Mapping[int, Any], length: int) 
     previous, scale = (np.asarray(cache[i][name]) for name in ("prev_key_value", "scale"))
     kv = np.sqrt(scale)[:, None, None] * previous.swapaxes(-1, -2)
     kvs.append(np.concatenate([kv[:, :, 0::2], kv[:, :, 1::2]], axis=2))
-  return model_state(model, kvs, length)
+  return model_state(model, kvs, length, "torchscale")

@@ -10,9 +10,10 @@ from flax import nnx
 
 from triform import kernels
 
-from ..interface import Buffer, Form, SequenceModule, check_call, state_dtype
+from ..interface import Form, SequenceModule, check_call, state_dtype
 
 Decay = Literal["fixed", "learned", "gated"]
+DecaySchedule = Literal["geometric", "linspace"]
 Dialect = Literal["torchscale", "fla"]
 GATE_TEMPERATURE = 16  # YOCO, section 3.3: keeps a fresh gate's decay near 1
 
@@ -24,7 +25,7 @@ class RetentionState(NamedTuple):
   position: jax.Array  # uint32[b]
 
 
-def log_decays(num_heads: int, schedule: Literal["geometric", "linspace"]) -> np.ndarray:  # [h]
+def log_decays(num_heads: int, schedule: DecaySchedule) -> np.ndarray:  # [h]
   """Logarithms of RetNet's decays, one per head.
 
   `"geometric"`: `1 - 2^(-5-i)`, as printed in section 2.1 and in the published code.
@@ -53,16 +54,20 @@ class Retention(SequenceModule):
 
   Positions are those of the document, counted across calls in the state.
 
-  Attributes:
+  Args:
+    d_model: width of inputs and outputs.
     num_heads, num_kv_heads: query heads and the key/value heads they share; the decay is the
       query head's, so every query head has its own state.
-    key_dim, value_dim: widths over all query heads.
+    key_dim, value_dim: widths over all query heads; `d_model` and twice that by default.
     decay: `"fixed"` per head, `"learned"` per head (starting from the same values), or
       `"gated"`: per head and token, `log_sigmoid(W_d x) / 16` as in YOCO.
+    decay_schedule: the values of `"fixed"` and the first ones of `"learned"`; see `log_decays`.
     dialect: which published implementation it equals. `"torchscale"`: inclusive rotary
       angles, head norm without weight, row scale folded into `eps` (only for a decay per
       head). `"fla"`: RoFormer's angles, a head norm weight shared by all heads, no row scale.
       torchscale rotates neighbours and we rotate halves: importers permute the weights.
+    eps: of the head norm.
+    chunk_size: tokens in a chunk of the chunkwise form.
     dtype: of the computation; `None` is `param_dtype`. State, decays, positions and norms are
       held in at least float32.
   """
@@ -76,7 +81,7 @@ class Retention(SequenceModule):
     key_dim: int | None = None,
     value_dim: int | None = None,
     decay: Decay = "fixed",
-    decay_schedule: Literal["geometric", "linspace"] = "geometric",
+    decay_schedule: DecaySchedule = "geometric",
     dialect: Dialect = "torchscale",
     eps: float = 1e-6,
     chunk_size: int = 128,
@@ -100,7 +105,7 @@ class Retention(SequenceModule):
       raise ValueError(f"dialect is {dialect!r}, expected torchscale or fla")
     self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
     self.key_size, self.value_size = key_dim // num_heads, value_dim // num_heads
-    self.decay, self.dialect = decay, dialect
+    self.decay, self.decay_schedule, self.dialect = decay, decay_schedule, dialect
     self.eps, self.chunk_size = eps, chunk_size
     self.dtype = jnp.dtype(param_dtype if dtype is None else dtype)
 
@@ -114,17 +119,11 @@ class Retention(SequenceModule):
     self.gate = linear(d_model, value_dim, kernel_init=init)
     self.output = linear(value_dim, d_model, kernel_init=output_init)
 
-    wide = state_dtype(param_dtype)
-    initial = jnp.asarray(log_decays(num_heads, decay_schedule), wide)
-    if decay == "fixed":
-      self.log_decay = Buffer(initial)
-    elif decay == "learned":
-      self.log_rate = nnx.Param(jnp.log(-initial))  # decay = exp(-exp(log_rate)), always below 1
-    else:
+    initial = log_decays(num_heads, decay_schedule)
+    if decay == "learned":  # decay = exp(-exp(log_rate)), always below 1
+      self.log_rate = nnx.Param(jnp.asarray(np.log(-initial), state_dtype(param_dtype)))
+    elif decay == "gated":
       self.decay_gate = linear(d_model, num_heads, kernel_init=init)
-    self.rotary_steps = Buffer(
-      jnp.asarray(kernels.rotary_steps(rotary_angles(self.key_size, dialect)))
-    )
     self.norm_weight = (
       nnx.Param(jnp.ones(self.value_size, param_dtype)) if dialect == "fla" else None
     )
@@ -139,7 +138,10 @@ class Retention(SequenceModule):
     x = jnp.asarray(x, self.dtype)
     start = jnp.zeros(b, jnp.uint32) if state is None else state.position
     position, seen = kernels.token_positions(start, reset, mask, t)
-    phase = kernels.rotary_phase(position, self.rotary_steps[...])
+    # Constants of the trace, not variables of the module, so that the compiler computes what
+    # follows from them and the positions once for all layers.
+    steps = kernels.rotary_steps(rotary_angles(self.key_size, self.dialect))
+    phase = kernels.rotary_phase(position, jnp.asarray(steps))
     log_decay = self._log_decay(x)
 
     def heads(a, size):
@@ -170,7 +172,7 @@ class Retention(SequenceModule):
 
   def _log_decay(self, x):  # [h] or [b, t, h]
     if self.decay == "fixed":
-      return self.log_decay[...]
+      return jnp.asarray(log_decays(self.num_heads, self.decay_schedule), state_dtype(self.dtype))
     if self.decay == "learned":
       return -jnp.exp(self.log_rate[...])
     gate = self.decay_gate(x).astype(state_dtype(self.dtype))

@@ -37,11 +37,13 @@ def retention(
     k: keys, already scaled and rotated.
     v: values.
     log_decay: natural logarithm of the decay of every query head, the same for all tokens or
-      one per token. Kept as it is given: a decay per head is never widened to a stream.
+      one per token; finite. Kept as it is given: a decay per head is never widened to a stream.
     state: the state that precedes the first token; zeros if `None`.
-    reset: true at the first token of a document; the state is cleared before that token.
+    reset: true at the first token of a document; the state is cleared before that token,
+      whatever it holds (NaN included).
     mask: false at padding, which leaves the state bit for bit as it was and is invisible to
-      real tokens (its own `reset` included). The output there is finite and unspecified.
+      real tokens (its own `reset` included), whatever it holds. The output there is finite and
+      unspecified.
     form: which algorithm.
     chunk_size: tokens in a chunk of the chunkwise form; other forms ignore it.
 
@@ -87,6 +89,10 @@ def retention(
   }
   if form not in forms:
     raise ValueError(f"form is {form!r}, expected one of {', '.join(FORMS)}")
+  if mask is not None:  # a weight of 0 would not keep NaN out
+    q, k, v = (jnp.where(mask[..., None, None], a, 0) for a in (q, k, v))
+    if log_decay.ndim == 3:
+      log_decay = jnp.where(mask[..., None], log_decay, 0)
   return forms[form](q, k, v, log_decay, state, reset, mask)
 
 

@@ -8,6 +8,7 @@ per-token log decay). Then token `j` enters output `i` with weight
 
 and the incoming state with weight `exp(A_i)` if `s_i = 0`, else 0. The outgoing state is what
 the last token sees. Counting only real tokens makes a padded tail exact without code of its own.
+The caller has zeroed q, k, v and a per-token log decay at masked tokens.
 
 Arrays are head-major, [b, g, r, n, c, ...], with r = h / g query heads to a key/value head and n
 runs of c tokens; an axis on which nothing depends has size 1.
@@ -18,6 +19,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+# Of the parallel form. Rows of 128 fill a matrix unit and skip nearly half of the pairs of a long
+# sequence; every block is compiled by itself, so there are at most 8, which still skip 7/16.
 ROW_BLOCK = 128
 MAX_ROW_BLOCKS = 8
 
@@ -67,7 +70,7 @@ def _runs(log_decay, reset, mask, g: int, c: int, dtype) -> _Runs:
   else:
     rate = jnp.ones((1, 1, 1, 1, 1), dtype)
     decays = _by_head(log_decay, g, c)
-    count = jnp.cumsum(decays if real is None else jnp.where(real, decays, 0), axis=-1)
+    count = jnp.cumsum(decays, axis=-1)
   documents = None
   if reset is not None:
     starts = reset if mask is None else reset & mask
@@ -107,7 +110,13 @@ def _attend(q, k, v, weights):
 
 def _read(q, state, weights):
   """What outputs take of the states [b, g, r, n, k, v] that precede their runs."""
-  return weights[..., None] * jnp.einsum("bgrnck,bgrnkv->bgrncv", q.astype(state.dtype), state)
+  read = jnp.einsum("bgrnck,bgrnkv->bgrncv", q.astype(state.dtype), state)
+  return _weigh(weights[..., None], read)
+
+
+def _weigh(weights, x):
+  """`weights * x`, but 0 where the weight is 0: a reset forgets a state that is not finite too."""
+  return jnp.where(weights == 0, 0, weights * x)
 
 
 def _leave(k, v, weights):
@@ -145,7 +154,7 @@ def parallel(q, k, v, log_decay, state, reset, mask):
   if state is not None:
     before = state.astype(dtype).reshape(final.shape)
     out += _read(heads[0], before, incoming)
-    final += incoming[..., -1, None, None] * before
+    final += _weigh(incoming[..., -1, None, None], before)
   else:
     state = _zeros_state(q, v, dtype)
   final = final.reshape(state.shape)
@@ -176,7 +185,7 @@ def chunkwise(q, k, v, log_decay, state, reset, mask, *, chunk_size):
 
   def carry(before, chunk):
     kept, added = chunk
-    return kept * before + added, before
+    return _weigh(kept, before) + added, before
 
   by_chunk = [jnp.moveaxis(a, 3, 0) for a in (kept, added)]
   final, before = jax.lax.scan(carry, state.reshape(added[:, :, :, 0].shape), by_chunk)
@@ -194,9 +203,10 @@ def recurrent(q, k, v, log_decay, state, reset, mask):
   def step(state, token):
     q, k, v, per_token, reset, mask = token
     decay = jnp.exp(log_decay if per_token is None else per_token).reshape(-1, g, h // g, 1, 1)
-    if reset is not None:
-      decay = jnp.where(reset[:, None, None, None, None], 0, decay)
-    new = decay * state + k[:, :, None, :, None] * v[:, :, None, None, :]
+    kept = decay * state
+    if reset is not None:  # not in the decay: 0 * NaN is NaN
+      kept = jnp.where(reset[:, None, None, None, None], 0, kept)
+    new = kept + k[:, :, None, :, None] * v[:, :, None, None, :]
     if mask is not None:
       new = jnp.where(mask[:, None, None, None, None], new, state)
     out = jnp.einsum("bgrkv,bgrk->bgrv", new, q.reshape(b, g, h // g, key_size))
