@@ -127,7 +127,7 @@ def start_up_rows() -> list[dict]:
   with tempfile.TemporaryDirectory() as folder:
     folder = Path(folder)
     first_step(folder / "prepare", folder / "other")  # corpus and tokenizer, and the disk's cache
-    for n in range(3):
+    for n in range(2):
       for cache in ("cold", "warm"):
         seconds = first_step(folder / f"{cache}{n}", folder / f"cache{n}")
         rows.append({"program": "train.py", "cache": cache, "seconds_to_first_step": seconds})

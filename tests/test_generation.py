@@ -4,6 +4,7 @@ import pytest
 from flax import nnx
 
 from triform.arch import RetNet, generate, generation, stream
+from triform.arch.layout import split_model
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +108,9 @@ def test_tokens_beyond_the_tokenizer_are_never_sampled(model):
 
 
 def test_decoding_is_compiled_once(model):
-  generation._decode.clear_cache()
+  generation._programs.cache_clear()
   generate(model, prompt(7), max_new_tokens=20)
-  assert generation._decode._cache_size() == 1
+  generate(model, prompt(9), max_new_tokens=20)
+  _, decode = generation._programs(split_model(model)[0])
+  assert decode._cache_size() == 1
+  assert generation._programs.cache_info().currsize == 1
