@@ -1,6 +1,7 @@
 """Evaluates a run or an exported model, or generates from it.
 
 python eval.py --workdir=runs/tiny --form=recurrent --json=result.json
+python eval.py --workdir=runs/tiny --task=positions --text=book.txt --picture=result.png
 python eval.py --workdir=runs/tiny --task=generate --prompt="def main("
 """
 
@@ -9,18 +10,23 @@ import sys
 from pathlib import Path
 
 from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
 from triform.arch import FORMS, cli, load, stream
+from triform.arch.caches import enable_compilation_cache
 from triform.arch.loading import load_config
 
 WORKDIR = flags.DEFINE_string("workdir", None, "the run, as given to train.py, or its export")
 STEP = flags.DEFINE_integer("step", None, "the checkpoint to read; default the newest")
-TASK = flags.DEFINE_enum("task", "loss", ["loss", "generate"], "what to do")
+BEST = flags.DEFINE_bool("best", False, "read that of the lowest evaluation loss, if kept")
+TASK = flags.DEFINE_enum("task", "loss", ["loss", "positions", "generate"], "what to do")
 
-FORM = flags.DEFINE_enum("form", None, FORMS, "loss: the algorithm; default config.eval.form")
-TEXT = flags.DEFINE_string("text", None, "loss: a text file or folder; default held-out documents")
-JSON = flags.DEFINE_string("json", None, "loss: write the result to this file as well")
+FORM = flags.DEFINE_enum("form", None, FORMS, "to measure: the algorithm; default eval.form")
+TEXT = flags.DEFINE_string("text", None, "to measure: a file or folder; default held-out text")
+JSON = flags.DEFINE_string("json", None, "to measure: write the result to this file as well")
+
+WINDOW = flags.DEFINE_integer("window", None, "positions: of the sliding window; default seq_len")
+PICTURE = flags.DEFINE_string("picture", None, "positions: draw the result to this file")
 
 PROMPT = flags.DEFINE_string("prompt", None, "generate: the text to continue")
 PROMPT_FILE = flags.DEFINE_string("prompt_file", None, "generate: a file with it, - for stdin")
@@ -30,6 +36,14 @@ TOP_K = flags.DEFINE_integer("top_k", None, "generate: sample among so many like
 TOP_P = flags.DEFINE_float("top_p", None, "generate: sample among the likeliest of this mass")
 SEED = flags.DEFINE_integer("seed", 0, "generate: the same seed gives the same text")
 flags.mark_flag_as_required("workdir")
+
+# The flags that only some tasks look at.
+TASKS = {
+  **dict.fromkeys(("form", "text", "json"), ("loss", "positions")),
+  **dict.fromkeys(("window", "picture"), ("positions",)),
+  **dict.fromkeys(("prompt", "prompt_file", "max_new_tokens"), ("generate",)),
+  **dict.fromkeys(("temperature", "top_k", "top_p", "seed"), ("generate",)),
+}
 
 
 def _workdir_config() -> ConfigDict:
@@ -41,33 +55,61 @@ def _workdir_config() -> ConfigDict:
     cli.fail(error)
 
 
-CONFIG = config_flags.DEFINE_config_dict("config", _workdir_config())
+CONFIG = cli.define_config(_workdir_config())
 
 
 def main() -> int:
-  if TASK.value == "generate":
-    return generate()
-  return measure()
+  for name, tasks in TASKS.items():
+    if flags.FLAGS[name].present and TASK.value not in tasks:
+      raise ValueError(f"--{name} is for --task={' or '.join(tasks)}, not {TASK.value}")
+  if CONFIG.value.get("compilation_cache", True):
+    enable_compilation_cache()
+  return {"loss": loss, "positions": positions, "generate": generate}[TASK.value]()
 
 
-def measure() -> int:
-  from triform.arch.data.text import documents_from_path, load_text
+def loss() -> int:
   from triform.arch.evaluation import evaluate
 
+  model, documents, tokenizer, options = _measured()
+  result = {**evaluate(model, documents, tokenizer, **options), "form": options["form"]}
+  for name, value in result.items():
+    print(f"{name:<14}  {value:,.6g}" if isinstance(value, float) else f"{name:<14}  {value}")
+  _write(result)
+  return 0
+
+
+def positions() -> int:
+  from triform.arch.loss_by_position import draw, import_pyplot, loss_by_position, table
+
+  if PICTURE.value is not None:
+    import_pyplot()  # or it would be missed after all the work
+  model, documents, tokenizer, options = _measured()
+  options["window"] = CONFIG.value.seq_len if WINDOW.value is None else WINDOW.value
+  result = loss_by_position(model, documents, tokenizer, **options) | {"form": options["form"]}
+  print(table(result))
+  _write(result)
+  if PICTURE.value is not None:
+    draw(result, PICTURE.value)
+  return 0
+
+
+def _measured() -> tuple:
+  """The model, documents, tokenizer and how to evaluate, as the flags have it."""
+  from triform.arch.data.text import documents_from_path, load_text
+
   config = CONFIG.value
-  model, tokenizer = load(WORKDIR.value, step=STEP.value, config=config)
+  model, tokenizer = load(WORKDIR.value, step=STEP.value, best=BEST.value, config=config)
   if TEXT.value is None:
     documents = load_text(config.data, config.model.vocab_size, tokenizer=tokenizer).validation
   else:
     documents = documents_from_path(TEXT.value, tokenizer)
   options = {name: value for name, value in config.eval.items() if name != "every_steps"}
-  options["form"] = FORM.value or config.eval.form
-  result = {**evaluate(model, documents, tokenizer, **options), "form": options["form"]}
-  for name, value in result.items():
-    print(f"{name:<14}  {value:,.6g}" if isinstance(value, float) else f"{name:<14}  {value}")
+  return model, documents, tokenizer, options | {"form": FORM.value or config.eval.form}
+
+
+def _write(result: dict) -> None:
   if JSON.value is not None:
     Path(JSON.value).write_text(json.dumps(result) + "\n")
-  return 0
 
 
 def generate() -> int:
@@ -79,8 +121,12 @@ def generate() -> int:
       raise ValueError("give --prompt or --prompt_file, not both")
     from_stdin = PROMPT_FILE.value == "-"
     raw = sys.stdin.buffer.read() if from_stdin else Path(PROMPT_FILE.value).read_bytes()
-    prompt = raw.decode("utf-8")
-  model, tokenizer = load(WORKDIR.value, step=STEP.value, config=CONFIG.value)
+    try:
+      prompt = raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+      source = "standard input" if from_stdin else PROMPT_FILE.value
+      raise ValueError(f"expected UTF-8 text in {source}: {error}") from error
+  model, tokenizer = load(WORKDIR.value, step=STEP.value, best=BEST.value, config=CONFIG.value)
   decoder = StreamDecoder(tokenizer)
   sys.stdout.write(prompt)
   for (token,) in stream(
@@ -90,6 +136,7 @@ def generate() -> int:
     temperature=TEMPERATURE.value,
     top_k=TOP_K.value,
     top_p=TOP_P.value,
+    vocab_size=min(tokenizer.vocab_size, model.vocab_size),
     seed=SEED.value,
   ):
     if token == tokenizer.eos_id:

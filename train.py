@@ -12,6 +12,7 @@ from triform.arch import cli
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "the run, a file in configs/")
 WORKDIR = flags.DEFINE_string("workdir", None, "where the run is kept; default runs/<config>")
+PROFILE = flags.DEFINE_bool("profile", False, "write a trace of three steps to WORKDIR/profile")
 flags.mark_flag_as_required("config")
 
 
@@ -21,7 +22,7 @@ def main() -> int:
   file, _, variant = cli.early_flag("config").partition(":")
   name = "_".join(filter(None, (Path(file).stem, variant)))
   workdir = WORKDIR.value or Path("runs") / name
-  if not train(CONFIG.value, workdir):
+  if not train(CONFIG.value, workdir, profile=PROFILE.value):
     print(f"stopped; what was done is in {workdir}, and the same command goes on from there")
   return 0
 

@@ -2,13 +2,14 @@
 
 import functools
 import math
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
 
-from .data.packing import Documents, carried_batches
+from .data.packing import Batch, Documents, carried_batches
 from .data.tokenizers import Tokenizer
 from .interface import Form, SequenceModule
 from .layout import split_model
@@ -28,14 +29,13 @@ def evaluate(
   """Cross entropy over `documents` (their first `max_tokens` tokens), every token counted once.
 
   The text is cut into `batch_size` rows, each read in pieces of `seq_len` tokens from the state
-  the piece before left, so a document is seen from its beginning however long it is.
+  the piece before left, so a document is seen from its beginning however long it is. Tokens that
+  are only to be read (`Documents.trained`) do not count.
 
   Returns:
     `loss` in nats per token, `perplexity = exp(loss)`, `bits_per_byte`, which compares models
     of different tokenizers, and the number of `tokens` and `bytes`.
   """
-  graphdef, params, variables = split_model(model)
-  state = model.init_state(batch_size, max_len=seq_len)
   total, tokens, text_bytes = 0.0, 0, 0
   batches = carried_batches(
     documents,
@@ -45,9 +45,8 @@ def evaluate(
     batch_size=batch_size,
     max_tokens=max_tokens,
   )
-  for batch in batches:
-    losses, state = _piece(graphdef, form, params, variables, state, jax.device_put(batch))
-    total += float(np.sum(jax.device_get(losses), dtype=np.float64))
+  for batch, losses in carried_losses(model, batches, form=form):
+    total += float(np.sum(losses, dtype=np.float64))
     tokens += int(batch["loss_mask"].sum())
     text_bytes += int(tokenizer.token_bytes[batch["targets"]][batch["loss_mask"]].sum())
   loss = total / tokens
@@ -62,6 +61,24 @@ def evaluate(
 
 def bits_per_byte(total_nats: float, text_bytes: int) -> float:
   return total_nats / math.log(2) / max(text_bytes, 1)
+
+
+def carried_losses(
+  model: SequenceModule, batches: Iterable[Batch], *, form: Form
+) -> Iterator[tuple[Batch, np.ndarray]]:
+  """Yields every batch with its `token_losses`, each row going on where it was the batch before.
+
+  Batches are of one shape, `[b, t]`, and read one at a time: memory does not grow with their
+  number.
+  """
+  graphdef, params, variables = split_model(model)
+  state = None
+  for batch in batches:
+    if state is None:
+      b, t = batch["inputs"].shape
+      state = model.init_state(b, max_len=t)
+    losses, state = _piece(graphdef, form, params, variables, state, jax.device_put(batch))
+    yield batch, jax.device_get(losses)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=4)

@@ -24,7 +24,7 @@ from ml_collections import ConfigDict
 from .data.tokenizers import Tokenizer, load_tokenizer
 from .models import complete
 from .tensors import Tensor, open_tensors, save_tensors
-from .training.workdir import decode_config, encode_config
+from .training.config_json import decode_config, encode_config
 
 FORMAT, VERSION = "triform", 1
 _FIELDS = {

@@ -9,21 +9,22 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from .interface import SequenceModule
 from .layout import split_model
+from .models.language_model import LanguageModel
 
 PREFILL_PIECE = 512
 SMALLEST_PIECE = 16
 
 
 def stream(
-  model: SequenceModule,
+  model: LanguageModel,
   ids: Any,  # int[b, t] or int[t]
   *,
   max_new_tokens: int,
   temperature: float = 1.0,
   top_k: int | None = None,
   top_p: float | None = None,
+  vocab_size: int | None = None,
   seed: int = 0,
 ) -> Iterator[np.ndarray]:  # int32[b] each
   """Yields the continuation of `ids` token by token, in constant memory and time per token.
@@ -35,26 +36,32 @@ def stream(
     temperature: logits are divided by it; 0 takes the most likely token.
     top_k: sample among the `k` most likely tokens only.
     top_p: sample among the most likely tokens that together have this probability only.
+    vocab_size: sample among so many of the first tokens only: those that a tokenizer can decode,
+      where it has fewer than the model.
     seed: the same seed, prompt and model give the same tokens.
 
   Raises:
-    ValueError: for an empty prompt, or a setting out of range.
+    ValueError: for an empty prompt, an id that the model does not have, or a setting out of range.
   """
   ids = np.atleast_2d(np.asarray(ids, np.int32))
   if ids.shape[1] == 0:
     raise ValueError("the prompt is empty, expected at least one token (such as bos_id)")
+  for worst in (ids.min(), ids.max()):
+    if not 0 <= worst < model.vocab_size:
+      raise ValueError(f"the prompt has id {worst}, expected ids in [0, {model.vocab_size})")
   for name, value, fits in (
     ("temperature", temperature, temperature >= 0),
     ("top_k", top_k, top_k is None or top_k >= 1),
     ("top_p", top_p, top_p is None or 0 < top_p <= 1),
+    ("vocab_size", vocab_size, vocab_size is None or 1 <= vocab_size <= model.vocab_size),
     ("max_new_tokens", max_new_tokens, max_new_tokens >= 0),
   ):
     if not fits:
       raise ValueError(f"{name} is {value}, which is out of range")
-  return _stream(model, ids, max_new_tokens, (temperature, top_k, top_p), seed)
+  return _stream(model, ids, max_new_tokens, (vocab_size, temperature, top_k, top_p), seed)
 
 
-def generate(model: SequenceModule, ids: Any, **options: Any) -> np.ndarray:  # int32[b, n]
+def generate(model: LanguageModel, ids: Any, **options: Any) -> np.ndarray:  # int32[b, n]
   """All of the continuation at once; arguments as in `stream`."""
   tokens = list(stream(model, ids, **options))
   rows = np.atleast_2d(np.asarray(ids)).shape[0]
@@ -64,6 +71,7 @@ def generate(model: SequenceModule, ids: Any, **options: Any) -> np.ndarray:  # 
 def _stream(model, ids, max_new_tokens, sampling, seed):
   graphdef, params, variables = split_model(model)
   weights = (params, variables)
+  prefill, decode = _programs(graphdef)
   b, t = ids.shape
   state = model.init_state(b, max_len=t + max_new_tokens)
   for start in range(0, t, PREFILL_PIECE):
@@ -71,33 +79,39 @@ def _stream(model, ids, max_new_tokens, sampling, seed):
     real = piece.shape[1]
     padded = min(PREFILL_PIECE, max(SMALLEST_PIECE, 1 << (real - 1).bit_length()))
     piece = np.pad(piece, ((0, 0), (0, padded - real)))
-    logits, state = _prefill(graphdef, weights, state, piece, np.int32(real))
+    logits, state = prefill(weights, state, piece, np.int32(real))
   key = jax.random.key(seed)
   for n in range(max_new_tokens):
     token = _sample(logits, jax.random.fold_in(key, n), *sampling)
     if n + 1 < max_new_tokens:
-      logits, state = _decode(graphdef, weights, state, token)
+      logits, state = decode(weights, state, token)
     yield np.asarray(token)
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
-def _prefill(graphdef, weights, state, piece, real):
-  model = nnx.merge(graphdef, *weights)
-  mask = jnp.broadcast_to(jnp.arange(piece.shape[1])[None] < real, piece.shape)
-  features, state = model.encode(piece, state, form="chunkwise", mask=mask)
-  last = jax.lax.dynamic_index_in_dim(features, real - 1, axis=1)
-  return model.read_out(last)[:, 0], state
+@functools.lru_cache(maxsize=16)
+def _programs(graphdef):
+  """Prefill and decoding step; looked up once a stream, for a graph takes milliseconds to hash."""
+
+  @functools.partial(jax.jit, donate_argnums=1)
+  def prefill(weights, state, piece, real):
+    model = nnx.merge(graphdef, *weights)
+    mask = jnp.broadcast_to(jnp.arange(piece.shape[1])[None] < real, piece.shape)
+    features, state = model.encode(piece, state, form="chunkwise", mask=mask)
+    last = jax.lax.dynamic_index_in_dim(features, real - 1, axis=1)
+    return model.read_out(last)[:, 0], state
+
+  @functools.partial(jax.jit, donate_argnums=1)
+  def decode(weights, state, token):
+    logits, state = nnx.merge(graphdef, *weights)(token[:, None], state, form="recurrent")
+    return logits[:, 0], state
+
+  return prefill, decode
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
-def _decode(graphdef, weights, state, token):
-  logits, state = nnx.merge(graphdef, *weights)(token[:, None], state, form="recurrent")
-  return logits[:, 0], state
-
-
-@functools.partial(jax.jit, static_argnums=(2, 3, 4))
-def _sample(logits, key, temperature, top_k, top_p):
+@functools.partial(jax.jit, static_argnums=(2, 3, 4, 5))
+def _sample(logits, key, vocab_size, temperature, top_k, top_p):
   """[b, vocab] -> int32[b]."""
+  logits = logits[:, :vocab_size]
   if temperature == 0:
     return jnp.argmax(logits, axis=-1).astype(jnp.int32)
   logits = logits / temperature

@@ -93,11 +93,15 @@ def check_call(x: jax.Array, form: str, reset: Any, mask: Any) -> None:
   """Raises `ValueError` for arguments that no module accepts."""
   if form not in FORMS:
     raise ValueError(f"form is {form!r}, expected one of {', '.join(FORMS)}")
+  if not hasattr(x, "shape"):
+    raise ValueError(f"x is a {type(x).__name__}, expected an array")
   if jnp.ndim(x) < 2 or x.shape[1] == 0:
     raise ValueError(f"x has shape {list(x.shape)}, expected [batch, time, ...] with time > 0")
   for name, flags in (("reset", reset), ("mask", mask)):
     if flags is None:
       continue
+    if not hasattr(flags, "dtype"):
+      raise ValueError(f"{name} is a {type(flags).__name__}, expected an array of bool")
     if jnp.shape(flags) != x.shape[:2] or flags.dtype != bool:
       raise ValueError(
         f"{name} is {flags.dtype}{list(flags.shape)}, expected bool{list(x.shape[:2])} "

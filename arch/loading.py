@@ -24,12 +24,17 @@ if TYPE_CHECKING:
 
 
 def load(
-  path: str | os.PathLike, *, step: int | None = None, config: Mapping[str, Any] | None = None
+  path: str | os.PathLike,
+  *,
+  step: int | None = None,
+  best: bool = False,
+  config: Mapping[str, Any] | None = None,
 ) -> tuple[SequenceModule, "Tokenizer"]:
   """Returns a trained model and its tokenizer, `model, tokenizer = load(path)`.
 
   `path` is an exported folder or the work directory of a run. Of a run, the newest checkpoint (or
-  that of `step`) is read without the optimizer, the averaged parameters where it kept an average.
+  that of `step`, or with `best` that of the lowest evaluation loss) is read without the optimizer,
+  the averaged parameters where it kept an average.
   Layers are unrolled, which is how decoding is fast. `config` replaces the run's own, to change
   what does not shape the parameters (such as `config.model.dtype`).
 
@@ -37,7 +42,7 @@ def load(
     ValueError: if `path` is neither, has no such checkpoint, is damaged, was written by a newer
       version, or does not fit `config`; what is at fault is named.
   """
-  saved = _open(Path(path), step)
+  saved = _open(Path(path), step, best)
   model = saved.config["model"] if config is None else config["model"]
   options = {**model, "scan_layers": False}
   check_leaves(path, saved.tensors, expected_leaves(options), dtypes=config is None)
@@ -90,7 +95,7 @@ def initial_parameters(
   return InitialParameters(leaves, saved.tokenizer)
 
 
-def open_workdir(workdir: Path, step: int | None = None) -> "Saved":
+def open_workdir(workdir: Path, step: int | None = None, best: bool = False) -> "Saved":
   """What is trained of a run, in host memory; averaged parameters are called `params/...` too."""
   from .data.tokenizers import load_tokenizer
   from .folder import Saved
@@ -111,16 +116,16 @@ def open_workdir(workdir: Path, step: int | None = None) -> "Saved":
       if name.startswith(kept) or (name.startswith("variables/") and name in expected)
     }
 
-  step, leaves = restore(workdir / "checkpoints", wanted, step)
+  step, leaves = restore(workdir / ("best" if best else "checkpoints"), wanted, step)
   tensors = {name.replace("average/", "params/", 1): leaf for name, leaf in leaves.items()}
   return Saved(config, step, tensors, load_tokenizer(workdir / "tokenizer"))
 
 
-def _open(path: Path, step: int | None) -> "Saved":
+def _open(path: Path, step: int | None, best: bool = False) -> "Saved":
   from .folder import is_folder, read_folder
 
   if not is_folder(path):
-    return open_workdir(path, step)
+    return open_workdir(path, step, best)
   saved = read_folder(path)
   if step not in (None, saved.step):
     raise ValueError(f"{path} holds the model after step {saved.step}, not {step}")

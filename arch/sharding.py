@@ -72,31 +72,31 @@ def shard_state(
 
   Args:
     tree: arrays or `jax.ShapeDtypeStruct`s.
+    mesh: as `make_mesh` makes it.
     rules: see `RULES`; `config.sharding_rules` of a run.
 
   Raises:
     ValueError: naming the parameter, if no rule matches it or its shape cannot be divided.
   """
-  names = stacked_names(tree)
   leaves, structure = jax.tree.flatten(tree)
-  flat_names = structure.flatten_up_to(names)
-  parameters = {
-    name.removeprefix("params/"): (leaf.shape, _spec(name.removeprefix("params/"), leaf.shape, mesh, rules))
-    for name, leaf in zip(flat_names, leaves, strict=True)
-    if name.startswith("params/")
-  }
-  specs = [
-    _spec_like(name, leaf.shape, parameters)
-    for name, leaf in zip(flat_names, leaves, strict=True)
-  ]
-  return jax.tree.unflatten(structure, [NamedSharding(mesh, spec) for spec in specs])
+  names = structure.flatten_up_to(stacked_names(tree))
+  parameters = {}
+  for name, leaf in zip(names, leaves, strict=True):
+    if name.startswith("params/"):
+      name = name.removeprefix("params/")
+      parameters[name] = leaf.shape, _spec(name, leaf.shape, mesh, rules)
+  return jax.tree.unflatten(
+    structure,
+    [
+      NamedSharding(mesh, _spec_like(name, leaf.shape, parameters))
+      for name, leaf in zip(names, leaves, strict=True)
+    ],
+  )
 
 
 def _spec(name: str, shape: tuple[int, ...], mesh: Mesh, rules) -> P:
-  for pattern, axes in rules:
-    if re.search(pattern, name):
-      break
-  else:
+  pattern, axes = next((rule for rule in rules if re.search(rule[0], name)), (None, None))
+  if axes is None:
     raise ValueError(f"no sharding rule matches parameter {name} of shape {list(shape)}")
   if len(axes) > len(shape):
     raise ValueError(

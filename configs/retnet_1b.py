@@ -1,5 +1,9 @@
 """RetNet, the 1.3B of the paper with the published code's widths: 1,351,714,816 parameters.
 
+The model is the published one. The recipe is ours, for small machines: 65,536 tokens a step and a
+cosine, where the paper has 4M tokens and a linear decay. A step takes 3.2 GiB a chip on 16 TPU v5e
+(4x4, all on the fsdp axis, layers computed again in the backward pass), by the compiler's account.
+
 python train.py --config=configs/retnet_1b.py --workdir=runs/retnet_1b
 """
 
@@ -18,6 +22,7 @@ def get_config():
     decay_schedule="linspace",
     dropout=0.1,
     dtype="bfloat16",
+    remat="full",
   )
   config.seq_len = 2048
   config.batch_size = 32

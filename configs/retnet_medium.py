@@ -1,5 +1,8 @@
 """RetNet, the published code's medium size: 268,993,536 parameters.
 
+The model is the published one. The recipe is ours, for small machines: 65,536 tokens a step and a
+cosine, where the paper has 4M tokens and a linear decay.
+
 python train.py --config=configs/retnet_medium.py --workdir=runs/retnet_medium
 """
 

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, Phase, settings
 # processes started by a test inherit them, and what the user set comes last and wins.
 QUICK = "--xla_backend_optimization_level=0 "
 if jax.__version_info__ < (0, 11):  # later versions have but one code generator
-  QUICK += "--xla_cpu_use_fusion_emitters=false "
+  QUICK += "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1 "
 os.environ["XLA_FLAGS"] = QUICK + os.environ.get("XLA_FLAGS", "")
 
 jax.config.update("jax_numpy_rank_promotion", "raise")

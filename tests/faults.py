@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SECONDS = 60
 API, XLA, POSITIONS = "kernels/retention/api.py", "kernels/retention/xla.py", "kernels/positions.py"
 MIXER, STACK = "arch/mixers/retention.py", "arch/models/stack.py"
+PACKING = "arch/data/packing.py"
 LAWS, KERNELS = "tests/test_laws.py", "tests/test_kernels_retention.py"
 
 
@@ -158,10 +159,29 @@ FAULTS = [
     "scanned stack forgets reset",
     "packing",
     STACK,
-    "return self._scan(x, state, keys, call)",
-    'return self._scan(x, state, keys, call | {"reset": None})',
+    "x, after = block(x, before, form=form, reset=reset, mask=mask, rngs=rngs)",
+    "reset = None if self.scan else reset\n"
+    "      x, after = block(x, before, form=form, reset=reset, mask=mask, rngs=rngs)",
     LAWS,
     "law_4_packing and stack-scanned",
+  ),
+  Fault(
+    "no reset where a document begins",
+    "packing",
+    PACKING,
+    '"reset": begins,',
+    '"reset": np.zeros(real, bool),',
+    "tests/test_data_packing.py",
+    "windows_hold_the_stream",
+  ),
+  Fault(
+    "targets one token late",
+    "packing",
+    PACKING,
+    "targets[~ending] = self._documents.tokens[inner]",
+    "targets[~ending] = self._documents.tokens[np.maximum(inner - 1, 0)]",
+    "tests/test_data_packing.py",
+    "windows_hold_the_stream",
   ),
   Fault(
     "masked token's reset honoured",
@@ -230,7 +250,7 @@ FAULTS = [
     "scanned stack drops batch statistics",
     "training",
     STACK,
-    "nnx.update(self.layers, statistics)",
+    "self._update(self.layers, statistics, rngs)",
     "pass",
     "tests/test_interface.py",
     "scanned_equals_unrolled",

@@ -191,9 +191,7 @@ def documents_are_windows(name: str, dtype: str, case: Case, cut: int, form: str
     return {"outputs": widen(outcome.y)[alone.mask]} | states
 
   got, truth = narrow.trial(packed, form), wide.trial(alone, SIMPLEST)
-  assert_close(
-    jnp.dtype(dtype), *map(parts, (got, narrow.trial(alone, SIMPLEST), truth))
-  )
+  assert_close(jnp.dtype(dtype), *map(parts, (got, narrow.trial(alone, SIMPLEST), truth)))
   assert_same_counters(got.state, truth.state)
 
 
@@ -258,9 +256,7 @@ def rows_move(name: str, dtype: str, case: Case, form: str) -> None:
   chex.assert_trees_all_equal(back, outcome.state)
   chex.assert_trees_all_equal(widen(got.y)[order][case.mask], widen(outcome.y)[case.mask])
   one = put_rows(state, np.array([0]), take_rows(state, np.array([1])))
-  chex.assert_trees_all_equal(
-    take_rows(one, np.array([0, 1])), take_rows(state, np.array([1, 1]))
-  )
+  chex.assert_trees_all_equal(take_rows(one, np.array([0, 1])), take_rows(state, np.array([1, 1])))
 
 
 # Law 7

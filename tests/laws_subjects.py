@@ -79,7 +79,7 @@ def block(dtype, param_dtype, rngs, dropout=0.0):
   )
 
 
-def stack(scan, one=block):
+def stack(scan, one):
   def make(dtype, param_dtype, rngs):
     dtypes = {"dtype": dtype, "param_dtype": param_dtype}
     return Stack(lambda r: one(**dtypes, rngs=r), 2, scan=scan, rngs=rngs)
@@ -103,8 +103,8 @@ register("retention-gated", retention(decay="gated"), vectors(D))
 register("retention-fla", retention(dialect="fla"), vectors(D), oracle=oracle("fla"))
 register("retention-grouped", retention(num_heads=4, num_kv_heads=2), vectors(D))
 register("block", functools.partial(block, dropout=0.3), vectors(D), trains=True)
-register("stack-scanned", stack(True), vectors(D))
-register("stack-unrolled", stack(False), vectors(D))
+register("stack-scanned", stack(True, retention()), vectors(D))
+register("stack-unrolled", stack(False, retention()), vectors(D))
 register("toy", functools.partial(ToyBlock, D), vectors(D), trains=True)
 register("toy-scanned", stack(True, functools.partial(ToyBlock, D)), vectors(D), trains=True)
 register("retnet-torchscale", language_model(scan_layers=False), distinct_ids(VOCAB), table=table)

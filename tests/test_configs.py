@@ -4,8 +4,10 @@ import importlib.util
 import math
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import pytest
 from flax import nnx
 
@@ -88,3 +90,28 @@ def test_mixing_is_counted_by_form():
   assert mixing("parallel") == pairs * (key + value)
   assert mixing("recurrent") == 2 * key * value
   assert mixing("chunkwise") == (1 + 2 + 3 + 4) / 4 * (key + value) + 2 * key * value
+
+
+@pytest.mark.parametrize(
+  ("kind", "peak"),
+  [
+    ("TPU v5", 459e12),  # a v5p
+    ("TPU v5 lite", 197e12),
+    ("TPU v6 lite", 918e12),
+    ("NVIDIA H100 80GB HBM3", 989e12),
+  ],
+)
+def test_peaks_by_the_name_a_device_gives_itself(kind, peak):
+  assert flops.peak_flops(SimpleNamespace(device_kind=kind, platform="tpu")) == peak
+
+
+@pytest.mark.parametrize(
+  ("platform", "expected"), [("cpu", (1024, "float32")), ("rocm", (8192, "bfloat16"))]
+)
+def test_an_unknown_device_is_measured_at_what_it_is_good_at(platform, expected, monkeypatch):
+  monkeypatch.setattr(flops, "_measured_flops", lambda device, n, dtype: (n, jnp.dtype(dtype).name))
+  assert flops.peak_flops(SimpleNamespace(device_kind="new", platform=platform)) == expected
+
+
+def test_the_peak_of_this_processor_is_measured():
+  assert 1e8 < flops._measured_flops(jax.devices()[0], 256, jnp.float32) < 1e15

@@ -1,6 +1,7 @@
 """Whatever is wrong with the data is one line and exit code 1, before anything is trained."""
 
 import gzip
+import importlib.util
 import json
 import os
 import subprocess
@@ -15,6 +16,7 @@ from tiny_run import tiny_config
 
 from triform.arch import cli
 from triform.arch.data import tfds_sets
+from triform.arch.data.text import load_text
 from triform.arch.training.loop import train
 
 ROOT = Path(__file__).parents[1]
@@ -104,7 +106,10 @@ CASES = {
   "unknown TFDS set": ({"tfds": "good_sed"}, "no TFDS set 'good_sed'; the closest is 'good_set'"),
   "misspelt TFDS set": ({"tfds": "lm1d"}, "the closest is 'lm1b'"),
   "no TFDS name": ({"tfds": "a b"}, "cannot use the TFDS set 'a b'"),
-  "unknown version": ({"tfds": "lm1b:0.0.1"}, "cannot use the TFDS set 'lm1b:0.0.1'"),
+  "unknown version": (
+    {"tfds": "imdb_reviews:0.0.1"},
+    "cannot use the TFDS set 'imdb_reviews:0.0.1'",
+  ),
   "unknown split": (
     {"tfds": "good_set", "split": "tran", "text_field": "title"},
     "Unknown split 'tran'",
@@ -159,26 +164,45 @@ def test_no_network_is_one_line(folder, tmp_path, capsys, monkeypatch):
     raise requests.exceptions.ConnectionError("Failed to resolve 'www.statmt.org'")
 
   monkeypatch.setattr(requests.Session, "get", unreachable)
-  line = refused(folder, capsys, tmp_path / "run", {"tfds": "lm1b"})
-  assert "cannot download and prepare the TFDS set 'lm1b' (is there no network?)" in line
+  line = refused(folder, capsys, tmp_path / "run", {"tfds": "imdb_reviews"})
+  assert "cannot download and prepare the TFDS set 'imdb_reviews' (is there no network?)" in line
   assert "Failed to resolve" in line
 
 
-def test_what_only_tensorflow_prepares_is_one_line(folder, tmp_path, capsys, monkeypatch):
-  def needs_tensorflow(*_, **__):
-    raise ModuleNotFoundError("No module named 'tensorflow'", name="tensorflow")
+@pytest.mark.parametrize(
+  ("name", "needed"), [("lm1b", "tensorflow"), ("pg19", "tensorflow"), ("c4/en", "apache_beam")]
+)
+def test_what_tfds_cannot_prepare_is_one_line(folder, tmp_path, capsys, monkeypatch, name, needed):
+  find_spec = importlib.util.find_spec
 
-  monkeypatch.setattr(tfds.core.DatasetBuilder, "download_and_prepare", needs_tensorflow)
-  line = refused(folder, capsys, tmp_path / "run", {"tfds": "lm1b"})
-  assert "TFDS needs tensorflow for it" in line and "--file_format=array_record" in line
+  def without_tensorflow(module, *rest):
+    return None if module == "tensorflow" else find_spec(module, *rest)
+
+  def needs_beam(*_, **__):
+    raise ModuleNotFoundError("No module named 'apache_beam'", name="apache_beam")
+
+  monkeypatch.setattr(importlib.util, "find_spec", without_tensorflow)
+  monkeypatch.setattr(tfds.core.DatasetBuilder, "download_and_prepare", needs_beam)
+  line = refused(folder, capsys, tmp_path / "run", {"tfds": name})
+  assert f"TFDS set {name!r}: TFDS needs {needed} to prepare it" in line
+  assert "`tfds build --file_format=array_record`" in line
 
 
 def test_another_error_of_tfds_is_one_line():
   with (
-    pytest.raises(ValueError, match=r"^cannot do it: RuntimeError: two lines$"),
+    pytest.raises(ValueError, match=r"^cannot do it: TypeError: two lines$"),
     tfds_sets.explained("cannot do it"),
   ):
-    raise RuntimeError("two\n lines")
+    raise TypeError("two\n lines")
+
+
+def test_a_damaged_cache_is_named(folder, tmp_path, capsys):
+  data = {"path": str(folder / "good.txt"), "dir": str(tmp_path / "data")}
+  load_text({"name": "python_stdlib", "tokenizer": "bytes", **data}, 257)
+  (file,) = (tmp_path / "data").rglob("train/tokens.npy")
+  file.write_bytes(file.read_bytes()[:-10])
+  line = refused(folder, capsys, tmp_path / "run", data)
+  assert f"{file.parent} is damaged, remove it to have it prepared again" in line
 
 
 def test_a_resumed_run_keeps_its_corpus(folder, tmp_path):

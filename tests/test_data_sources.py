@@ -6,9 +6,11 @@ import json
 import subprocess
 import sys
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
+import tensorflow_datasets as tfds
 from hypothesis import given
 from hypothesis import strategies as st
 from tfds_builders import prepare
@@ -166,6 +168,34 @@ def test_a_tfds_set_without_a_validation_split(tmp_path):
   titles = splits_of(load(tmp_path, tfds="with_test", text_field="title", validation="train"))
   assert titles == [["title"] * 100] * 2
   assert splits_of(load(tmp_path, tfds="with_test", validation="test"))[1] == ["t"]
+
+
+class PreparedOnDemand(tfds.core.GeneratorBasedBuilder):
+  """Registered, as the sets that come with TFDS are."""
+
+  VERSION = tfds.core.Version("1.0.0")
+  code_path = Path(__file__)
+  pkg_dir_path = Path(__file__).parent
+
+  def _info(self):
+    return tfds.core.DatasetInfo(
+      builder=self, features=tfds.features.FeaturesDict({"text": tfds.features.Text()})
+    )
+
+  def _split_generators(self, dl_manager):
+    return {"train": ((i, {"text": f"text {i}"}) for i in range(40))}
+
+  def _generate_examples(self):
+    raise NotImplementedError
+
+
+def test_a_known_tfds_set_is_prepared(tmp_path, capsys):
+  for _ in range(2):
+    train, validation = splits_of(load(tmp_path, tfds="prepared_on_demand"))
+    assert len(train) + len(validation) == 40
+  out, err = capsys.readouterr()
+  assert not out and err.count("preparing the TFDS set prepared_on_demand") == 1
+  assert list((tmp_path / "data/tfds/prepared_on_demand/1.0.0").glob("*.array_record*"))
 
 
 def test_tfds_data_dir_is_looked_into(tmp_path):

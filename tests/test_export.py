@@ -54,7 +54,7 @@ def test_an_exported_run_is_the_run(run, exported):
 
 
 def test_an_earlier_step(run, tmp_path):
-  export(run, tmp_path / "early", step=8)
+  assert export(run, tmp_path / "early", step=8) == 8
   assert read_folder(tmp_path / "early").step == 8
   same(load(tmp_path / "early")[0], load(run, step=8)[0])
   with pytest.raises(ValueError, match=r"early holds the model after step 8, not 12"):
@@ -68,7 +68,7 @@ def test_the_average_is_taken_where_a_run_kept_one(run, tmp_path):
   shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints"))
   params = {n: leaf for n, leaf in leaves_of(load(run)[0]).items() if n.startswith("params/")}
   average = {n.replace("params/", "average/"): leaf + 1 for n, leaf in params.items()}
-  with Checkpoints(tmp_path / "run" / "checkpoints", every_steps=1, keep=1) as checkpoints:
+  with Checkpoints(tmp_path / "run" / "checkpoints", keep=1) as checkpoints:
     checkpoints.save(1, {**params, **average, "optimizer/count": jnp.zeros((), jnp.int32)})
   export(tmp_path / "run", tmp_path / "folder")
   for path in (tmp_path / "run", tmp_path / "folder"):
@@ -103,7 +103,7 @@ def toy(monkeypatch):
 def write_workdir(path, config, leaves):
   workdirs.prepare(path, config)
   ByteTokenizer().save(path / "tokenizer")
-  with Checkpoints(path / "checkpoints", every_steps=1, keep=1) as checkpoints:
+  with Checkpoints(path / "checkpoints", keep=1) as checkpoints:
     checkpoints.save(1, leaves)
 
 
@@ -200,6 +200,7 @@ def test_export_and_eval_programs(run):
   here = run.parents[1]
   done = program("-m", "triform.arch.export", "--workdir=runs/tiny", "--to=out/model", cwd=here)
   assert done.returncode == 0, done.stderr
+  assert done.stdout == "out/model holds the model of runs/tiny after step 12\n"
   results = []
   for workdir in ("runs/tiny", "out/model"):
     done = program(

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from triform.arch import RetNet, generate, stream
+from triform.arch import RetNet, generate, generation, stream
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +77,8 @@ def test_tokens_come_one_by_one(model):
     ({"temperature": -1.0}, "temperature is -1.0"),
     ({"top_k": 0}, "top_k is 0"),
     ({"top_p": 1.5}, "top_p is 1.5"),
+    ({"vocab_size": 0}, "vocab_size is 0"),
+    ({"vocab_size": 51}, "vocab_size is 51"),
     ({"max_new_tokens": -1}, "max_new_tokens is -1"),
   ],
 )
@@ -88,3 +90,23 @@ def test_settings_out_of_range_are_refused(model, options, message):
 def test_an_empty_prompt_is_refused(model):
   with pytest.raises(ValueError, match="prompt is empty"):
     stream(model, [], max_new_tokens=1)
+
+
+@pytest.mark.parametrize("bad", [-1, 50])
+def test_an_id_that_the_model_does_not_have_is_refused(model, bad):
+  with pytest.raises(ValueError, match=rf"the prompt has id {bad}, expected ids in \[0, 50\)"):
+    stream(model, [3, bad, 7], max_new_tokens=1)
+
+
+def test_tokens_beyond_the_tokenizer_are_never_sampled(model):
+  options = {"max_new_tokens": 20, "temperature": 3.0}
+  assert generate(model, prompt(4, rows=8), **options).max() >= 40
+  for temperature in (0.0, 3.0):
+    options["temperature"] = temperature
+    assert generate(model, prompt(4, rows=8), vocab_size=40, **options).max() < 40
+
+
+def test_decoding_is_compiled_once(model):
+  generation._decode.clear_cache()
+  generate(model, prompt(7), max_new_tokens=20)
+  assert generation._decode._cache_size() == 1

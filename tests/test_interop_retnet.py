@@ -111,18 +111,27 @@ def test_torchscale_state_without_a_scale(torchscale):
     state_to_torchscale(model, model.init_state(2))
 
 
-def test_torchscale_decays_and_angles_are_those_of_the_model(torchscale):
+def test_torchscale_decays_and_angles_are_checked(torchscale):
   config, params, _ = torchscale
-  assert from_torchscale(config, params).stack.layers[0].mixer.decay_schedule == "geometric"
-  absent = {k: v for k, v in params.items() if not k.startswith("retnet_rel_pos")}
-  assert from_torchscale(config, absent).stack.layers[0].mixer.decay_schedule == "geometric"
-  decay = np.log1p(-np.exp(np.linspace(np.log(1 / 32), np.log(1 / 512), 4))).astype(np.float32)
-  other = from_torchscale(config, params | {"retnet_rel_pos.decay": decay})
-  assert other.stack.layers[0].mixer.decay_schedule == "linspace"
-  for name, moved in (("decay", decay[::-1]), ("decay", decay[:3]), ("angle", decay)):
-    name = f"retnet_rel_pos.{name}"
-    with pytest.raises(ValueError, match=rf"{name} is .*, expected"):
-      from_torchscale(config, params | {name: moved})
+  heads = config["decoder_retention_heads"]
+  paper = np.log1p(-np.exp(np.linspace(np.log(1 / 32), np.log(1 / 512), heads)))
+
+  def schedule(params):
+    return from_torchscale(config, params, scan_layers=True).stack.layers.mixer.decay_schedule
+
+  assert schedule(params) == "geometric"
+  assert schedule({k: v for k, v in params.items() if "retnet_rel_pos" not in k}) == "geometric"
+  for dtype in (np.float32, np.float64, ml_dtypes.bfloat16):
+    assert schedule(params | {"retnet_rel_pos.decay": paper.astype(dtype)}) == "linspace"
+  for decay in (np.full(heads, -0.1), np.append(paper, -0.1)):
+    with pytest.raises(
+      ValueError, match=r"retnet_rel_pos.decay is \[-.*\], which is not supported"
+    ):
+      schedule(params | {"retnet_rel_pos.decay": decay})
+  angle = params["retnet_rel_pos.angle"]
+  for wrong in (angle * np.float32(1.001), angle[:2], np.arange(8.0)):
+    with pytest.raises(ValueError, match=r"expected the 8 that torchscale computes"):
+      schedule(params | {"retnet_rel_pos.angle": wrong})
 
 
 def test_torchscale_prefix_tied_output_and_vocabulary(torchscale):
@@ -203,8 +212,6 @@ def test_parameters_are_used_exactly_once(torchscale):
   )
   with pytest.raises(ValueError, match=r"missing: layers.10.ffn.fc1.weight, .* and 88 more$"):
     from_torchscale(config | {"decoder_layers": 12}, params)
-  with pytest.raises(ValueError, match=r"expected every angle twice"):
-    from_torchscale(config, params | {"retnet_rel_pos.angle": np.arange(8.0)})
 
 
 def test_dtypes(torchscale):

@@ -10,7 +10,9 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 
+from triform.arch import RetNet
 from triform.arch.interop import (
   from_fla,
   from_torchscale,
@@ -134,6 +136,7 @@ class Side:
   """A library: its restatement, our importer and converters, and what it computed itself."""
 
   def __init__(self, name, other, importer, to_other, from_other):
+    self.name = name
     arrays = dict(np.load(DATA / f"retnet_{name}.npz"))
     self.config = json.loads(str(arrays["meta"]))["config"]
     self.params = {k.removeprefix("param/"): v for k, v in arrays.items() if k.startswith("param/")}
@@ -206,6 +209,16 @@ def test_there_and_back(side, scan_layers):
 def test_states_of_another_model_are_refused(side):
   model = side.importer(side.config, side.params)
   _, cache, length = side.other(side.ids[:, :2])
+  for options, message in (
+    ({"dialect": "fla" if side.name == "torchscale" else "torchscale"}, "dialect is "),
+    ({"dialect": side.name, "decay": "gated"}, "decay is 'gated', which cannot be converted"),
+  ):
+    sizes = {"vocab_size": 8, "d_model": 8, "num_heads": 2, "value_dim": 8, "ffn_dim": 8}
+    other = RetNet(**sizes, num_layers=1, **options, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match=message):
+      side.to_other(other, other.init_state(2))
+    with pytest.raises(ValueError, match=message):
+      side.from_other(other, cache, length)
   with pytest.raises(ValueError, match="the cache has 1 layers, expected 2"):
     side.from_other(model, {0: cache[0]}, length)
   narrow = {i: {k: a[..., :4] for k, a in layer.items()} for i, layer in cache.items()}

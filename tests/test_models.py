@@ -2,10 +2,12 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
+from ml_collections import ConfigDict
 
 from triform.arch import RetNet, build
 from triform.arch.layout import from_stacked, split_model, to_stacked
 from triform.arch.mixers.retention import log_decays
+from triform.arch.models import complete, fields
 
 OPTIONS = {
   "vocab_size": 11, "d_model": 8, "num_layers": 3, "num_heads": 2, "value_dim": 8, "ffn_dim": 8,
@@ -19,6 +21,22 @@ def make(**changes):
 def test_an_unknown_option_names_the_closest():
   with pytest.raises(ValueError, match="'num_head' is unknown to retnet; did you mean 'num_heads'"):
     make(num_head=3)
+
+
+def test_an_option_like_no_other_lists_all():
+  with pytest.raises(ValueError, match="'foo' is unknown to retnet; it has activation, chunk_size"):
+    make(foo=3)
+
+
+def test_fields_are_all_options_with_their_types():
+  model = {"architecture": "retnet", **OPTIONS}
+  config = ConfigDict(fields(model))
+  assert config.num_kv_heads is None and config.get_type("num_kv_heads") is int
+  assert config.get_type("scan_layers") is bool and config.get_type("dtype") is str
+  assert config.eps == 1e-6 and config.num_heads == 2
+  assert complete(config) == complete(model)
+  built, plain = (nnx.eval_shape(lambda c=c: build(c, rngs=nnx.Rngs(0))) for c in (config, model))
+  assert nnx.graphdef(built) == nnx.graphdef(plain)
 
 
 def test_an_unknown_architecture_names_the_known():

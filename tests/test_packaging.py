@@ -4,7 +4,11 @@ The packages are folders of other names (`arch/` is `triform.arch`), so a mistak
 builds a wheel that overwrites other people's packages without a word.
 """
 
+import ast
+import email
+import importlib.metadata
 import os
+import re
 import subprocess
 import sys
 import zipfile
@@ -67,6 +71,36 @@ def test_the_wheel_holds_the_two_packages_and_nothing_else(wheel):
   assert names - information == packaged
   assert {f"triform/{package}/py.typed" for package in PACKAGES} <= names
   assert any(name.endswith("/LICENSE") for name in information)
+
+
+def third_party_imports():
+  """The names of the packages that any module of ours imports, wherever in it."""
+  names = set()
+  for package in PACKAGES:
+    for path in (ROOT / package).rglob("*.py"):
+      for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+          names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+          names.add(node.module)
+  return {name.split(".")[0] for name in names} - sys.stdlib_module_names - {"triform"}
+
+
+@pytest.mark.slow
+def test_the_wheel_declares_what_it_imports(wheel):
+  """As a dependency, or as one of an extra for users; extras for tests do not count."""
+  with zipfile.ZipFile(wheel) as archive:
+    (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+    metadata = email.message_from_bytes(archive.read(name))
+  declared = {
+    re.match(r"[\w.-]+", requirement)[0].replace("_", "-").lower()
+    for requirement in metadata.get_all("Requires-Dist")
+    if 'extra == "test"' not in requirement
+  }
+  distributions = importlib.metadata.packages_distributions()
+  for imported in sorted(third_party_imports()):
+    names = {name.replace("_", "-").lower() for name in distributions.get(imported, [imported])}
+    assert names & declared, f"{imported} is imported but not declared"
 
 
 @pytest.mark.slow

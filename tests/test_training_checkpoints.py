@@ -11,7 +11,12 @@ import numpy as np
 import optax
 import pytest
 
-from triform.arch.training.checkpoints import Checkpoints, read_abstract, restore
+from triform.arch.training.checkpoints import (
+  Checkpoints,
+  UnreadableError,
+  has_checkpoint,
+  restore,
+)
 
 
 def make_tree(seed=0):
@@ -53,28 +58,30 @@ def step_folders(folder):
 
 
 def save_steps(folder, *steps):
-  with Checkpoints(folder, every_steps=1, keep=10) as checkpoints:
+  with Checkpoints(folder, keep=10) as checkpoints:
     for step in steps:
       checkpoints.save(step, make_tree(step))
 
 
 def test_round_trip_and_kept_steps(tmp_path):
-  with Checkpoints(tmp_path, every_steps=2, keep=2) as checkpoints:
-    assert checkpoints.latest_step() is None
+  assert not has_checkpoint(tmp_path / "nowhere")
+  with Checkpoints(tmp_path, keep=2) as checkpoints:
+    assert not has_checkpoint(tmp_path)
     assert checkpoints.restore_latest(abstract(make_tree())) is None
-    assert [checkpoints.save(step, make_tree(step)) for step in range(1, 7)] == [False, True] * 3
+    for step in (2, 4, 5):
+      checkpoints.save(step, make_tree(step))
     checkpoints.wait()
-    assert checkpoints.latest_step() == 6
+    assert has_checkpoint(tmp_path)
     step, tree = checkpoints.restore_latest(abstract(make_tree()))
-  assert step == 6
-  assert_equal(tree, make_tree(6))
-  assert step_folders(tmp_path) == ["4", "6"]
+  assert step == 5
+  assert_equal(tree, make_tree(5))
+  assert step_folders(tmp_path) == ["4", "5"]
 
 
-def test_forced_save(tmp_path):
-  with Checkpoints(tmp_path, every_steps=10, keep=2) as checkpoints:
-    assert checkpoints.save(3, make_tree(3), force=True)
-    assert not checkpoints.save(3, make_tree(4), force=True)
+def test_a_saved_step_stays_as_it_is(tmp_path):
+  with Checkpoints(tmp_path, keep=2) as checkpoints:
+    checkpoints.save(3, make_tree(3))
+    checkpoints.save(3, make_tree(4))
   step, tree = restore(tmp_path, abstract(make_tree()))
   assert step == 3
   assert_equal(tree, make_tree(3))
@@ -92,7 +99,7 @@ def test_restores_to_the_dtype_and_sharding_of_the_target(tmp_path):
 
 def test_arrays_may_be_donated_or_overwritten_after_save(tmp_path):
   overwrite = jax.jit(lambda x: x * 0 - 1, donate_argnums=0)
-  with Checkpoints(tmp_path, every_steps=1, keep=10) as checkpoints:
+  with Checkpoints(tmp_path, keep=10) as checkpoints:
     for step in range(5):
       tree = {str(i): jnp.full((500, 500), step + 10.0 * i) for i in range(10)}
       numpy_array = np.full((500, 500), float(step))
@@ -135,7 +142,7 @@ def test_any_truncated_file_falls_back_to_the_step_before(tmp_path, caplog):
 
 
 def test_damaged_data_of_the_right_size(tmp_path):
-  with Checkpoints(tmp_path, every_steps=1, keep=10) as checkpoints:
+  with Checkpoints(tmp_path, keep=10) as checkpoints:
     for step in (1, 2):
       checkpoints.save(step, LARGE)
   data = max((tmp_path / "2").rglob("d/*"), key=lambda path: path.stat().st_size)
@@ -148,10 +155,9 @@ def test_damaged_step_can_be_saved_again(tmp_path):
   for step in "23":
     os.truncate(tmp_path / step / "default" / "manifest.ocdbt", 1)
   for _ in range(2):
-    with Checkpoints(tmp_path, every_steps=1, keep=10) as checkpoints:
+    with Checkpoints(tmp_path, keep=10) as checkpoints:
       assert checkpoints.restore_latest(abstract(make_tree()))[0] == 1
-      assert checkpoints.latest_step() == 1
-      assert checkpoints.save(2, make_tree(22))
+      checkpoints.save(2, make_tree(22))
       checkpoints.wait()
       assert_equal(checkpoints.restore_latest(abstract(make_tree()))[1], make_tree(22))
     assert step_folders(tmp_path) == ["1", "2", "2.unreadable", "3.unreadable"]
@@ -162,10 +168,12 @@ def test_no_readable_checkpoint_is_an_error_and_moves_nothing(tmp_path):
   save_steps(tmp_path, 1, 2)
   for step in "12":
     os.truncate(tmp_path / step / "default" / "manifest.ocdbt", 1)
-  with Checkpoints(tmp_path, every_steps=1, keep=10) as checkpoints:
-    with pytest.raises(RuntimeError, match=r"none of the checkpoints \[1, 2\].*manifest.ocdbt has"):
-      checkpoints.restore_latest(abstract(make_tree()))
-    assert checkpoints.latest_step() == 2
+  with (
+    Checkpoints(tmp_path, keep=10) as checkpoints,
+    pytest.raises(UnreadableError, match=r"none of the checkpoints \[1, 2\].*manifest.ocdbt has"),
+  ):
+    checkpoints.restore_latest(abstract(make_tree()))
+  assert step_folders(tmp_path) == ["1", "2"]
 
 
 def test_mismatch_names_the_keys(tmp_path):
@@ -174,7 +182,7 @@ def test_mismatch_names_the_keys(tmp_path):
   target["params"]["extra"] = target["params"]["layers"].pop(1)["w"]
   target["params"]["head"] = jax.ShapeDtypeStruct((300, 30), jnp.bfloat16)
   with (
-    Checkpoints(tmp_path, every_steps=1, keep=10) as checkpoints,
+    Checkpoints(tmp_path, keep=10) as checkpoints,
     pytest.raises(ValueError, match="another model") as error,
   ):
     checkpoints.restore_latest(target)
@@ -195,12 +203,15 @@ def test_restore_of_absent_checkpoints(tmp_path):
     restore(tmp_path, {}, step=3)
 
 
-def test_read_abstract(tmp_path):
+def test_what_to_restore_can_be_chosen_from_what_there_is(tmp_path):
   save_steps(tmp_path, 1)
-  tree = read_abstract(tmp_path)
-  assert tree["params"]["head"] == jax.ShapeDtypeStruct((300, 300), ml_dtypes.bfloat16)
-  assert tree["optimizer"][0]["mu"]["layers"]["2"]["w"].shape == (8, 16)
-  assert tree["step"].dtype == np.uint32
+
+  def choose(saved):
+    assert saved["params"]["head"] == jax.ShapeDtypeStruct((300, 300), ml_dtypes.bfloat16)
+    assert saved["optimizer"][0]["mu"]["layers"]["2"]["w"].shape == (8, 16)
+    return {"step": saved["step"]}
+
+  assert restore(tmp_path, choose) == (1, {"step": 1})
 
 
 @pytest.fixture
@@ -212,28 +223,28 @@ def full_disk():
   resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-@pytest.mark.parametrize("next_call", ["wait", "save_another", "save_none", "close"])
+@pytest.mark.parametrize("next_call", ["wait", "save_another", "save_again", "close"])
 def test_error_of_a_background_save_is_raised_later(tmp_path, full_disk, next_call):
-  checkpoints = Checkpoints(tmp_path, every_steps=2, keep=2)
-  assert checkpoints.save(2, LARGE)
-  while next_call == "save_none" and checkpoints._manager.is_saving_in_progress():
+  checkpoints = Checkpoints(tmp_path, keep=2)
+  checkpoints.save(2, LARGE)
+  while next_call == "save_again" and checkpoints._manager.is_saving_in_progress():
     pass
   calls = {
     "wait": checkpoints.wait,
     "save_another": lambda: checkpoints.save(4, LARGE),
-    "save_none": lambda: checkpoints.save(3, LARGE),
+    "save_again": lambda: checkpoints.save(2, LARGE),
     "close": checkpoints.close,
   }
   with pytest.raises(Exception, match="File too large"):
     calls[next_call]()
   checkpoints.close()
-  assert checkpoints.latest_step() is None
+  assert not has_checkpoint(tmp_path)
 
 
 def test_context_manager_raises_the_error_of_the_last_save(tmp_path, full_disk):
   with (
     pytest.raises(Exception, match="File too large"),
-    Checkpoints(tmp_path, every_steps=1, keep=2) as checkpoints,
+    Checkpoints(tmp_path, keep=2) as checkpoints,
   ):
     checkpoints.save(1, LARGE)
 
@@ -245,7 +256,6 @@ def test_saving_is_quiet(tmp_path, caplog):
   assert not [record for record in caplog.records if record.name == "absl"]
 
 
-@pytest.mark.parametrize("argument", ["every_steps", "keep"])
-def test_counts_must_be_positive(tmp_path, argument):
-  with pytest.raises(ValueError, match=f"{argument} is 0: expected at least 1"):
-    Checkpoints(tmp_path, **({"every_steps": 1, "keep": 1} | {argument: 0}))
+def test_something_must_be_kept(tmp_path):
+  with pytest.raises(ValueError, match="keep is 0: expected at least 1"):
+    Checkpoints(tmp_path, keep=0)

@@ -14,9 +14,10 @@ from tiny_run import tiny_config, use_corpus, write_corpus
 
 from triform.arch import build, load
 from triform.arch.data import python_stdlib
-from triform.arch.layout import split_model
+from triform.arch.data.text import load_text
+from triform.arch.layout import split_model, to_stacked
 from triform.arch.training import loop
-from triform.arch.training.checkpoints import read_abstract, restore
+from triform.arch.training.checkpoints import restore
 from triform.arch.training.loop import NonFiniteError, train
 
 CHILD_STEPS = 40
@@ -40,8 +41,7 @@ def config_of(corpus, **changes):
 
 
 def everything_kept(workdir):
-  folder = workdir / "checkpoints"
-  return restore(folder, read_abstract(folder))
+  return restore(workdir / "checkpoints", lambda saved: saved)
 
 
 def lines(workdir):
@@ -195,12 +195,80 @@ def test_load_returns_the_trained_model(corpus, tmp_path):
   assert not np.allclose(model(ids)[0], fresh(ids)[0])
 
 
+def test_the_average_is_what_is_evaluated_and_loaded(corpus, tmp_path):
+  train(config_of(corpus, average_decay=0.5), tmp_path)
+  _, kept = everything_kept(tmp_path)
+  name = "embedding/embedding"
+  assert np.abs(kept[f"average/{name}"] - kept[f"params/{name}"]).max() > 0
+  params = to_stacked(split_model(load(tmp_path)[0])[1])
+  np.testing.assert_array_equal(params[name], kept[f"average/{name}"])
+
+
+def test_the_checkpoint_of_the_lowest_loss_is_kept(corpus, tmp_path):
+  """A learning rate that jumps at the end spoils the last one."""
+  changes = {"eval.every_steps": 2, "checkpoint.best": True, "optimizer.schedule": "rsqrt"}
+  train(config_of(corpus, total_steps=8, **changes), tmp_path)
+  spoilt = {**changes, "optimizer.learning_rate": 10.0}
+  train(config_of(corpus, total_steps=12, **spoilt), tmp_path)
+  losses = {r["step"]: r["eval_loss"] for r in lines(tmp_path) if "eval_loss" in r}
+  best = min(losses, key=losses.get)
+  assert best < 12
+  step, kept = restore(tmp_path / "best", lambda saved: saved)
+  assert step == best and float(kept["evaluation_loss"]) == pytest.approx(losses[best], rel=1e-6)
+  params = to_stacked(split_model(load(tmp_path, best=True)[0])[1])
+  np.testing.assert_array_equal(params["norm/scale"], kept["params/norm/scale"])
+
+
+@pytest.mark.parametrize(
+  ("change", "steps"), [({"total_tokens": 5 * 2 * 16 - 1}, 5), ({"total_epochs": 0.01}, None)]
+)
+def test_length_in_tokens_or_epochs(corpus, tmp_path, change, steps):
+  config = config_of(corpus, total_steps=10**6, **change)
+  assert train(config, tmp_path)
+  data = load_text(config.data, config.model.vocab_size)
+  steps = steps or data.batches(seq_len=16, batch_size=2, seed=0).steps(0.01)
+  assert lines(tmp_path)[-1]["step"] == everything_kept(tmp_path)[0] == steps
+
+
+def test_a_run_starts_from_another_runs_parameters(corpus, tmp_path):
+  train(config_of(corpus), tmp_path / "first")
+  still = {"optimizer.learning_rate": 0.0, "total_steps": 1, "seed": 1}
+  train(config_of(corpus, init_from=str(tmp_path / "first"), **still), tmp_path / "second")
+  first, second = (everything_kept(tmp_path / name)[1] for name in ("first", "second"))
+  for name in (name for name in first if name.startswith("params/")):
+    np.testing.assert_array_equal(first[name], second[name])
+  other = config_of(corpus, init_from=str(tmp_path / "first"), **{"model.d_model": 32})
+  with pytest.raises(ValueError, match=r"model\.d_model: 16, given 32"):
+    train(other, tmp_path / "third")
+
+
+def test_a_finished_run_is_left_alone(corpus, tmp_path, capsys):
+  train(config_of(corpus), tmp_path)
+  before = {f: f.stat().st_mtime_ns for f in tmp_path.rglob("*.json*")}
+  assert train(config_of(corpus, log_every_steps=1), tmp_path)
+  assert "trained to step 12 of 12" in capsys.readouterr().out
+  assert {f: f.stat().st_mtime_ns for f in tmp_path.rglob("*.json*")} == before
+  assert train(config_of(corpus, total_steps=14), tmp_path)
+  assert everything_kept(tmp_path)[0] == 14
+
+
+def test_profile_writes_a_trace(corpus, tmp_path):
+  train(config_of(corpus, total_steps=14), tmp_path, profile=True)
+  assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+
+
 @pytest.mark.parametrize(
   ("change", "message"),
   [
     ({"form": "serial"}, "form is 'serial', expected one of parallel, chunkwise, recurrent"),
     ({"batch_size": 0}, "batch_size is 0, expected at least 1"),
     ({"checkpoint.keep": 0}, "checkpoint.keep is 0, expected at least 1"),
+    ({"accumulate": 3}, "batch_size is 2, expected a multiple of .* accumulate=3"),
+    ({"mesh": "fsdp=64"}, "mesh is 'fsdp=64' of 64 devices"),
+    ({"optimizer.name": "sgdx"}, "optimizer.name is 'sgdx', expected one of adamw, lion"),
+    ({"sharding_rules": ((r"^nothing$", ()),)}, "no sharding rule matches parameter"),
+    ({"total_tokens": 9, "total_epochs": 1.0}, "both given"),
+    ({"model.remat": "some"}, "remat is 'some', expected one of none, dots, full"),
     ({"model.vocab_size": 100}, "needs vocab_size >= 257"),
   ],
 )

@@ -11,7 +11,9 @@ from ml_collections.config_dict import placeholder
 
 from triform.arch.training import workdir as workdir_module
 from triform.arch.training.workdir import (
+  check,
   load_config,
+  lock,
   parameter_table,
   prepare,
   versions,
@@ -24,7 +26,7 @@ def make_config():
   config = ConfigDict({"model": {"width": 64, "layers": ("retention", "attention")}})
   config.model.hidden = 4 * config.model.get_ref("width")
   config.model.dropout = placeholder(float)
-  config.data = ConfigDict({"name": "text", "tokenizer": {"vocabulary": 512}, "batch": 8})
+  config.data = ConfigDict({"name": "text", "tokenizer": "bytes", "batch": 8})
   config.optimizer = ConfigDict(
     {
       "betas": (0.9, 0.99),
@@ -83,8 +85,8 @@ def test_resuming_with_another_model_or_data_names_the_keys(tmp_path):
   config.model.width = 32
   config.model.layers = ("retention",)
   config.model.extra = "x"
-  del config.model.dropout
-  config.data.tokenizer.vocabulary = 1024
+  del config.model.hidden
+  config.data.tokenizer = "sentencepiece"
   config.data.name = "code"
   config.data.batch = 16
   with pytest.raises(ValueError) as error:
@@ -93,10 +95,9 @@ def test_resuming_with_another_model_or_data_names_the_keys(tmp_path):
   assert first == f"workdir {tmp_path} belongs to a run with another configuration:"
   assert keys == [
     "  data.name: saved 'text', given 'code'",
-    "  data.tokenizer.vocabulary: saved 512, given 1024",
-    "  model.dropout: saved None, given '<absent>'",
+    "  data.tokenizer: saved 'bytes', given 'sentencepiece'",
     "  model.extra: saved '<absent>', given 'x'",
-    "  model.hidden: saved 256, given 128",
+    "  model.hidden: saved 256, given '<absent>'",
     "  model.layers: saved ('retention', 'attention'), given ('retention',)",
     "  model.width: saved 64, given 32",
   ]
@@ -104,13 +105,64 @@ def test_resuming_with_another_model_or_data_names_the_keys(tmp_path):
   assert (tmp_path / "config.json").read_text() == before
 
 
-def test_resuming_records_other_changes(tmp_path):
-  prepare(tmp_path, make_config())
+def test_resuming_tells_and_records_other_changes(tmp_path):
+  assert prepare(tmp_path, make_config()) == []
   config = make_config()
   config.data.batch = 16
   config.optimizer.rate = 0.5
-  prepare(tmp_path, config)
+  config.optimizer.schedule = "cosine"
+  config.added = "by a later version"
+  changes = [
+    "data.batch: 8 -> 16",
+    "optimizer.rate: 1.0 -> 0.5",
+    "optimizer.schedule: None -> 'cosine'",
+  ]
+  assert check(tmp_path, config) == changes
+  assert load_config(tmp_path).to_dict() == make_config().to_dict()
+  assert prepare(tmp_path, config) == changes
   assert load_config(tmp_path).to_dict() == config.to_dict()
+  assert prepare(tmp_path, config) == []
+
+
+def test_only_what_shapes_the_model_is_fixed(tmp_path):
+  """Old runs, whose configuration leaves defaults out, go on."""
+  model = {
+    "architecture": "retnet", "vocab_size": 9, "d_model": 8, "num_layers": 2, "num_heads": 2,
+    "value_dim": 8, "ffn_dim": 8,
+  }  # fmt: skip
+  prepare(tmp_path, ConfigDict({"model": model}))
+  defaults = {"eps": 1e-6, "decay": "fixed", "num_kv_heads": None}
+  free = {"scan_layers": True, "chunk_size": 16, "dropout": 0.1, "dtype": "bfloat16"}
+  check(tmp_path, ConfigDict({"model": {**model, **defaults, **free}}))
+  with pytest.raises(ValueError, match=r"model\.decay: saved 'fixed', given 'gated'"):
+    check(tmp_path, ConfigDict({"model": {**model, "decay": "gated"}}))
+
+
+LOCKED = """
+import sys
+from triform.arch.training.workdir import lock
+with lock(sys.argv[1]):
+  print("locked", flush=True)
+  sys.stdin.read()
+"""
+
+
+def test_one_process_at_a_time(tmp_path):
+  workdir = tmp_path / "run"
+  command = [sys.executable, "-c", LOCKED, str(workdir)]
+  with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+    assert other.stdout.readline() == b"locked\n"
+    with pytest.raises(ValueError, match="run is in use by another process"), lock(workdir):
+      pass
+    other.kill()
+  with lock(workdir):
+    prepare(workdir, make_config())  # the lock does not count as somebody else's file
+  (tmp_path / "file").touch()
+  with (
+    pytest.raises(ValueError, match=r"cannot be used: .*Not a directory"),
+    lock(tmp_path / "file" / "run"),
+  ):
+    pass
 
 
 def test_resuming_without_the_new_section(tmp_path):
@@ -138,7 +190,16 @@ def test_versions(tmp_path):
   assert saved == versions()
   assert saved["jax"] == jax.__version__ and saved["platform"] == jax.default_backend()
   assert saved["python"] == ".".join(map(str, sys.version_info[:3]))
-  assert {"triform", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "git"} < saved.keys()
+  required = {
+    "jaxlib",
+    "flax",
+    "optax",
+    "orbax-checkpoint",
+    "grain",
+    "sentencepiece",
+    "array-record",
+  }
+  assert required | {"triform", "git"} < saved.keys() and "pytest" not in saved
 
 
 def test_git_state(tmp_path):

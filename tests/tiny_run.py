@@ -27,8 +27,8 @@ def use_corpus(root: Path) -> None:
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
-def tiny_config(folder: Path, **changes):
-  """Changes are dotted, `{"eval.max_tokens": 64}`."""
+def tiny_config(folder: Path | None, **changes):
+  """Changes are dotted, `{"eval.max_tokens": 64}`; `folder` takes prepared data."""
   config = default_config(
     architecture="retnet",
     vocab_size=257,
@@ -44,7 +44,7 @@ def tiny_config(folder: Path, **changes):
   config.update_from_flattened_dict(
     {
       "data.tokenizer": "bytes",
-      "data.dir": str(folder / "data"),
+      "data.dir": None if folder is None else str(folder / "data"),
       "seq_len": 16,
       "batch_size": 2,
       "total_steps": 12,

@@ -108,7 +108,7 @@ def choose_fields(
   Named ones must be among `names`. Else the text is in `text`; in `completion`, with its prompt in
   `prompt`; in the only field there is; or in the only one with "text" in its name.
   """
-  names = list(names)
+  names = sorted(names)
   for field in (text_field, prompt_field):
     if field is not None and field not in names:
       raise ValueError(f"{where} has no text field {field!r}: it has {', '.join(names) or 'none'}")
@@ -132,4 +132,6 @@ def one_line(error: BaseException, limit: int = 300) -> str:
   """What an exception of another library says, short."""
   text = re.sub(r"\s+", " ", str(error)).strip()
   text = text if len(text) <= limit else text[:limit] + " ..."
+  if isinstance(error, ValueError | RuntimeError) and text:
+    return text
   return f"{type(error).__name__}: {text}" if text else type(error).__name__

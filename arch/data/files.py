@@ -34,6 +34,8 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
   try:
     with temporary.open("xb") as file:
       yield file
+      file.flush()
+      os.fsync(file.fileno())  # or the name may reach the disk before the contents
     os.replace(temporary, path)
   finally:
     temporary.unlink(missing_ok=True)

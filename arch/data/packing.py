@@ -36,10 +36,11 @@ class Documents:
 
   def __post_init__(self):
     total = len(self.tokens)
-    if self.folder is None:  # else written by this program, and perhaps too large to look at
-      steps = np.diff(self.ends, prepend=0, append=total)
-      if steps.min() < 0 or steps[-1] != 0:
-        raise ValueError(f"expected ends that ascend to the {total} tokens, got {self.ends}")
+    # Files are written by this program, and perhaps too large to be looked at as a whole.
+    ends = self.ends if self.folder is None else self.ends[-1:]
+    steps = np.diff(ends, prepend=0, append=total)
+    if steps.min() < 0 or steps[-1] != 0:
+      raise ValueError(f"expected ends that ascend to the {total} tokens, got {self.ends}")
     if self.trained is not None and len(self.trained) != total:
       raise ValueError(f"expected {total} flags in trained, got {len(self.trained)}")
 
@@ -53,13 +54,18 @@ class Documents:
   @classmethod
   def load(cls, folder: Path) -> "Documents":
     """Maps `tokens.npy`, `ends.npy` and, if it is there, `trained.npy` into memory."""
-    arrays = {
-      # A plain view: indexing a `np.memmap` costs more than reading what it gives.
-      field: np.load(folder / file, mmap_mode="r").view(np.ndarray)
-      for field, file in FILES.items()
-      if (folder / file).exists()
-    }
-    return cls(**arrays, folder=folder)
+    try:
+      arrays = {
+        # A plain view: indexing a `np.memmap` costs more than reading what it gives.
+        field: np.load(folder / file, mmap_mode="r").view(np.ndarray)
+        for field, file in FILES.items()
+        if (folder / file).exists()
+      }
+      return cls(**arrays, folder=folder)
+    except (ValueError, TypeError, EOFError) as error:
+      raise ValueError(
+        f"{folder} is damaged, remove it to have it prepared again: {error}"
+      ) from error
 
   def __reduce__(self):
     # A worker process maps the files itself.
@@ -72,7 +78,7 @@ class Documents:
     return len(self.ends)
 
 
-class _Stream:
+class TokenStream:
   """Random access to the stream of inputs and targets, without holding it in memory."""
 
   def __init__(self, documents: Documents, bos_id: int, eos_id: int):
@@ -129,7 +135,7 @@ class PackedWindows:
 
   def __init__(self, documents: Documents, *, bos_id: int, eos_id: int, seq_len: int):
     check_positive(seq_len=seq_len)
-    self._stream = _Stream(documents, bos_id, eos_id)
+    self._stream = TokenStream(documents, bos_id, eos_id)
     self._seq_len = seq_len
 
   def __len__(self) -> int:
@@ -158,7 +164,7 @@ def carried_batches(
   document, without a reset: the state it starts from is the caller's initial one.
   """
   check_positive(seq_len=seq_len, batch_size=batch_size)
-  stream = _Stream(documents, bos_id, eos_id)
+  stream = TokenStream(documents, bos_id, eos_id)
   total = len(stream)
   if max_tokens is not None:
     check_positive(max_tokens=max_tokens)

@@ -1,6 +1,5 @@
 """Text corpora as tokenised documents."""
 
-import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from ..caches import cache_folder
 from .batches import TrainBatches
 from .documents import Source
 from .files import content_hash
@@ -76,8 +76,7 @@ def load_text(
       `text_field` and `prompt_field` of records, by default found by rule, see
       `documents.choose_fields`; prompts are read and not trained on;
       `tokenizer`, "sentencepiece" or "bytes";
-      `dir`, the folder for everything that is prepared, or None for the environment's
-      `TRIFORM_DATA`, or else `~/.cache/triform`.
+      `dir`, the folder for everything that is prepared, or None for `caches.cache_folder()`.
     vocab_size: that of the model. A sentencepiece tokenizer is trained on (a sample of) the train
       split to have exactly this size; the byte tokenizer needs 257.
     tokenizer: that of an earlier run, which then is used as it is.
@@ -93,8 +92,7 @@ def load_text(
   if tokenizer is not None and tokenizer.vocab_size > vocab_size:
     raise ValueError(f"the tokenizer has {tokenizer.vocab_size} ids, vocab_size is {vocab_size}")
 
-  folder = config["dir"] or os.environ.get("TRIFORM_DATA") or "~/.cache/triform"
-  folder = Path(folder).expanduser()
+  folder = Path(config["dir"] or cache_folder()).expanduser()
   parts = configured_parts(config, folder)
   if tokenizer is None and config["tokenizer"] == "bytes":
     tokenizer = ByteTokenizer()

@@ -2,8 +2,9 @@
 
 import contextlib
 import difflib
-import importlib
+import importlib.util
 import io
+import logging
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -101,6 +102,7 @@ def prepared_builder(name: str, folder: Path) -> tfds.core.DatasetBuilder:
   tfds.disable_progress_bar()
   for data_dir in (folder, None):
     with (
+      _quiet(),
       contextlib.suppress(tfds.core.registered.DatasetNotFoundError),
       explained(f"cannot use the TFDS set {name!r}", tfds.core.registered.DatasetNotFoundError),
     ):
@@ -111,8 +113,11 @@ def prepared_builder(name: str, folder: Path) -> tfds.core.DatasetBuilder:
   def make_builder() -> tfds.core.DatasetBuilder:
     return tfds.builder(name, data_dir=folder, file_format="array_record")
 
-  with explained(f"cannot use the TFDS set {name!r}"):
-    make_builder()
+  with _quiet(), explained(f"cannot use the TFDS set {name!r}"):
+    module = sys.modules[type(make_builder()).__module__]
+    if hasattr(module, "tf") and importlib.util.find_spec("tensorflow") is None:
+      # TFDS would find out after the download.
+      raise ModuleNotFoundError(name="tensorflow")
   print(f"preparing the TFDS set {name} in {folder}", file=sys.stderr, flush=True)
   # Without a network, ten tries would take TFDS three minutes and a half.
   downloader.MAX_RETRIES = min(downloader.MAX_RETRIES, 5)
@@ -131,16 +136,16 @@ def stdlib_builder(folder: Path) -> tfds.core.DatasetBuilder:
 def _prepared(
   make_builder: Callable[[], tfds.core.DatasetBuilder], **options
 ) -> tfds.core.DatasetBuilder:
-  builder = make_builder()
-  try:
-    with contextlib.redirect_stdout(io.StringIO()):
-      builder.download_and_prepare(**options)
-  except OSError:
-    # Of two processes that build at once, the second cannot rename its result into place.
+  with _quiet():
     builder = make_builder()
-    if not builder.is_prepared():
-      raise
-  return builder
+    try:
+      builder.download_and_prepare(**options)
+    except OSError:
+      # Of two processes that build at once, the second cannot rename its result into place.
+      builder = make_builder()
+      if not builder.is_prepared():
+        raise
+    return builder
 
 
 def _readable(name: str, builder: tfds.core.DatasetBuilder) -> tfds.core.DatasetBuilder:
@@ -168,6 +173,18 @@ def _check_known(name: str, folder: Path) -> None:
 
 
 @contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+  """Without what TFDS and urllib3 print and warn of: where it matters, an error says it."""
+  disabled = logging.root.manager.disable
+  logging.disable(logging.WARNING)
+  try:
+    with contextlib.redirect_stdout(io.StringIO()):
+      yield
+  finally:
+    logging.disable(disabled)
+
+
+@contextlib.contextmanager
 def explained(what: str, *passed: type[Exception]) -> Iterator[None]:
   """Turns whatever TFDS and what it uses raise into one line, but for `passed`."""
   try:
@@ -177,8 +194,8 @@ def explained(what: str, *passed: type[Exception]) -> Iterator[None]:
   except ImportError as error:
     needed = error.name or "a package"
     raise ValueError(
-      f"{what}: TFDS needs {needed} for it; prepare it where that is installed, with "
-      "--file_format=array_record, in TFDS_DATA_DIR or the data folder"
+      f"{what}: TFDS needs {needed} to prepare it; install that, or prepare it elsewhere with "
+      "`tfds build --file_format=array_record` and set TFDS_DATA_DIR"
     ) from error
   except Exception as error:
     network = any(

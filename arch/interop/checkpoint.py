@@ -9,7 +9,7 @@ import numpy as np
 
 from ..interface import Scanned
 from ..layout import by_stacked_name, split_model
-from ..mixers.retention import RetentionState, log_decays
+from ..mixers.retention import RetentionState
 from ..models.retnet import RetNet
 from ..tensors import Tensor
 
@@ -151,7 +151,7 @@ def param_dtype(params: Mapping[str, Any]) -> str:
 def describe(model: RetNet, **expected) -> dict[str, Any]:
   """The options of `RetNet` that say which function `model` is.
 
-  Raises `ValueError` naming one that is not as `expected`, all that the other library computes.
+  Raises `ValueError` naming one that is not as `expected`, which is all that the other library is.
   """
   layer = model.stack.layers if model.stack.scan else model.stack.layers[0]
   mixer = layer.mixer
@@ -175,19 +175,15 @@ def describe(model: RetNet, **expected) -> dict[str, Any]:
   }
   for name, value in {"decay": "fixed", **expected}.items():
     if options[name] != value:
-      raise ValueError(f"{name} is {options[name]!r}, which cannot be exported; expected {value!r}")
+      raise ValueError(
+        f"{name} is {options[name]!r}, which cannot be converted; expected {value!r}"
+      )
   return options
 
 
-def log_decay(model: RetNet) -> np.ndarray:  # [h]
-  """The fixed decays, which all layers share."""
-  layers = model.stack.layers
-  mixer = layers.mixer if model.stack.scan else layers[0].mixer
-  return log_decays(mixer.num_heads, mixer.decay_schedule)
-
-
-def layer_states(model: RetNet, state: Any) -> tuple[list[np.ndarray], int]:
+def layer_states(model: RetNet, state: Any, dialect: str) -> tuple[list[np.ndarray], int]:
   """`kv` `[b, h, k, v]` of every layer, and the number of tokens that every row has seen."""
+  describe(model, dialect=dialect)
   if model.stack.scan:
     states = [RetentionState(*(a[i] for a in state.layers)) for i in range(model.stack.num_layers)]
   else:
@@ -198,8 +194,9 @@ def layer_states(model: RetNet, state: Any) -> tuple[list[np.ndarray], int]:
   return [np.asarray(layer.kv) for layer in states], int(positions[0])
 
 
-def model_state(model: RetNet, kvs: list[np.ndarray], length: int) -> Any:
+def model_state(model: RetNet, kvs: list[np.ndarray], length: int, dialect: str) -> Any:
   """The inverse of `layer_states`."""
+  describe(model, dialect=dialect)
   if len(kvs) != model.stack.num_layers:
     raise ValueError(f"the cache has {len(kvs)} layers, expected {model.stack.num_layers}")
   like = jax.eval_shape(lambda: model.init_state(len(kvs[0])))

@@ -88,7 +88,7 @@ def state_to_fla(model: RetNet, state: Any) -> tuple[dict[int, dict[str, np.ndar
   Per layer `recurrent_state` `[b, h, k, v]`, whose keys fla does not scale: it scales the queries.
   All rows must have seen the same number of tokens, at least one.
   """
-  kvs, length = layer_states(model, state)
+  kvs, length = layer_states(model, state, "fla")
   scale = math.sqrt(kvs[0].shape[-2])
   return {i: {"recurrent_state": kv * kv.dtype.type(scale)} for i, kv in enumerate(kvs)}, length
 
@@ -97,7 +97,7 @@ def state_from_fla(model: RetNet, cache: Mapping[int, Any], length: int) -> Any:
   """The state of `model` for fla's `cache` after `length` tokens; inverse of `state_to_fla`."""
   kvs = [np.asarray(cache[i]["recurrent_state"]) for i in range(len(cache))]
   scale = math.sqrt(kvs[0].shape[-2])
-  return model_state(model, [kv / kv.dtype.type(scale) for kv in kvs], length)
+  return model_state(model, [kv / kv.dtype.type(scale) for kv in kvs], length, "fla")
 
 
 def read(
@@ -130,8 +130,9 @@ def read(
 
 def write(model: RetNet) -> tuple[dict[str, Any], dict[str, Tensor]]:
   """`config.json` and the parameters, not read yet, of `model` in fla."""
-  expected = {"activation": "silu", "embedding_scale": 1.0, "decay_schedule": "geometric"}
-  options = describe(model, dialect="fla", **expected)
+  options = describe(
+    model, dialect="fla", activation="silu", embedding_scale=1.0, decay_schedule="geometric"
+  )
   d = options["d_model"]
   config = {
     "model_type": "retnet",

@@ -76,15 +76,15 @@ def _find(path: str | os.PathLike) -> Path:
   if not (slash and owner and name) or "/" in name or owner in (".", "..", "~"):
     raise ValueError(f"{path} not found: expected a folder, or a Hub repository 'owner/name'")
   try:
-    import huggingface_hub
+    from huggingface_hub import snapshot_download
   except ImportError as error:
     raise ValueError(
       f"{path} is no folder here; to read it from the Hub, pip install 'triform[hub]'"
     ) from error
   try:
     patterns = [CONFIG, "*.safetensors", INDEX, "tokenizer.model"]
-    return Path(huggingface_hub.snapshot_download(str(path), allow_patterns=patterns))
-  except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as error:
+    return Path(snapshot_download(str(path), allow_patterns=patterns))
+  except (OSError, ValueError) as error:  # its own errors are among these
     reason = str(error).strip().splitlines()[0]
     raise ValueError(
       f"{path} is no folder here and cannot be had from the Hub: {reason}"

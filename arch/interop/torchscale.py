@@ -16,7 +16,6 @@ from .checkpoint import (
   convert,
   describe,
   layer_states,
-  log_decay,
   model_state,
   param_dtype,
   read_config,
@@ -59,8 +58,7 @@ def from_torchscale(config: Mapping[str, Any], params: Mapping[str, Any], **opti
 
   The logits are those of torchscale's recurrent form. Its parallel and chunkwise forms also
   divide every row by a clamped sum, which the head norm undoes except for `layernorm_eps`.
-  Where the checkpoint has `retnet_rel_pos`, its angles must be torchscale's own, and its decays
-  those of a `decay_schedule`, as far as their dtype can tell.
+  Rotary angles and decays are computed, those in `retnet_rel_pos` must be the same up to rounding.
 
   Args:
     config: torchscale's own option names. What is missing has the default of `RetNetConfig`,
@@ -119,7 +117,7 @@ def to_torchscale(model: RetNet) -> tuple[dict[str, Any], dict[str, np.ndarray]]
     params[HEAD] = params[EMBEDDING]  # torchscale keeps the shared matrix under both names
   angles = rotary_angles(d // options["num_heads"], "torchscale")
   params[ANGLE] = np.repeat(angles, 2).astype(np.float32)
-  params[DECAY] = log_decay(model).astype(np.float32)
+  params[DECAY] = log_decays(options["num_heads"], options["decay_schedule"]).astype(np.float32)
   return config, params
 
 
@@ -154,9 +152,9 @@ def read(
     "tie_embeddings": settings["share_decoder_input_output_embed"],
     "eps": settings["layernorm_eps"],
   }
-  params = dict(params)
-  model["decay_schedule"] = _decay_schedule(params.pop(DECAY, None), model["num_heads"])
-  _check_angles(params.pop(ANGLE, None), model["d_model"] // model["num_heads"])
+  params, heads = dict(params), model["num_heads"]
+  model["decay_schedule"] = _schedule(params.pop(DECAY, None), heads)
+  _check_angles(params.pop(ANGLE, None), model["d_model"] // heads)
   return model, convert(params, _table(model))
 
 
@@ -186,33 +184,28 @@ def _table(model: Mapping[str, Any]) -> Table:
   return Table("torchscale", weights, layer_weights, model["num_layers"], "layers.")
 
 
-def _decay_schedule(decays: Any, num_heads: int) -> DecaySchedule:
-  """The schedule that gives `decays`, torchscale's own if there are none."""
-  schedules = get_args(DecaySchedule)
-  for schedule in schedules:
-    if decays is None or _equal(decays, log_decays(num_heads, schedule)):
+def _schedule(decay: Any, num_heads: int) -> str:
+  """The name of the decays that a checkpoint holds; torchscale's own where it holds none."""
+  if decay is None:
+    return "geometric"
+  for schedule in get_args(DecaySchedule):
+    if _equal(decay, log_decays(num_heads, schedule)):
       return schedule
-  raise ValueError(
-    f"{DECAY} is {np.asarray(decays)}, expected the decays of {num_heads} heads of one of the "
-    f"schedules {', '.join(schedules)}"
-  )
+  given, expected = np.asarray(decay).tolist(), log_decays(num_heads, "geometric").tolist()
+  raise ValueError(f"{DECAY} is {given}, which is not supported; expected {expected}")
 
 
-def _check_angles(angles: Any, key_size: int) -> None:
-  expected = np.repeat(rotary_angles(key_size, "torchscale"), 2)
-  if angles is not None and not _equal(angles, expected):
-    raise ValueError(
-      f"{ANGLE} is {np.asarray(angles)}, expected every angle twice of {expected[::2]}"
-    )
+def _check_angles(angle: Any, size: int) -> None:
+  expected = np.repeat(rotary_angles(size, "torchscale"), 2)
+  if angle is not None and not _equal(angle, expected):
+    raise ValueError(f"{ANGLE} is not supported: expected the {size} that torchscale computes")
 
 
-def _equal(table: Any, expected: np.ndarray) -> bool:
-  """Up to the rounding of its dtype; computed in float32, torchscale's slowest decays are 0."""
-  table = np.asarray(table)
-  rtol = max(1e-5, float(jnp.finfo(table.dtype).eps))
-  return table.shape == expected.shape and np.allclose(
-    table.astype(np.float64), expected, rtol=rtol, atol=2.0**-24
-  )
+def _equal(buffer: Any, expected: np.ndarray) -> bool:
+  """Up to rounding: torchscale has 1 - decay in float32, and `half()` rounds buffers too."""
+  rtol = max(1e-5, 2 * float(jnp.finfo(buffer.dtype).eps))
+  buffer = np.asarray(buffer, np.float64)
+  return buffer.shape == expected.shape and np.allclose(buffer, expected, rtol=rtol, atol=2**-23)
 
 
 def _check_layout(params):
@@ -246,8 +239,10 @@ def state_to_torchscale(model: RetNet, state: Any) -> tuple[dict[int, dict[str, 
   `s_n`, and `scale` `[h]`, `s_n^2`. torchscale keeps the length only as that of the tokens it is
   called with. All rows must have seen the same number of tokens: `scale` has no batch axis.
   """
-  kvs, length = layer_states(model, state)
-  scale = np.exp(np.outer(log_decay(model), np.arange(length))).sum(axis=1)
+  kvs, length = layer_states(model, state, "torchscale")
+  mixer = (model.stack.layers if model.stack.scan else model.stack.layers[0]).mixer
+  decays = log_decays(mixer.num_heads, mixer.decay_schedule)
+  scale = np.exp(np.outer(decays, np.arange(length))).sum(axis=1)
   cache = {}
   for i, kv in enumerate(kvs):
     pairs = np.stack(np.split(kv, 2, axis=2), axis=3).reshape(kv.shape)
@@ -266,4 +261,4 @@ def state_from_torchscale(model: RetNet, cache: Mapping[int, Any], length: int) 
     previous, scale = (np.asarray(cache[i][name]) for name in ("prev_key_value", "scale"))
     kv = np.sqrt(scale)[:, None, None] * previous.swapaxes(-1, -2)
     kvs.append(np.concatenate([kv[:, :, 0::2], kv[:, :, 1::2]], axis=2))
-  return model_state(model, kvs, length)
+  return model_state(model, kvs, length, "torchscale")

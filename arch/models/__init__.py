@@ -1,19 +1,21 @@
 """Models by name."""
 
-import difflib
 import inspect
+import typing
 from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
+from ml_collections.config_dict import placeholder
 
+from ..closest import closest
 from ..interface import SequenceModule
 from .retnet import RetNet
 
 ARCHITECTURES = {"retnet": RetNet}
 # How a model is computed and trained; any other option says which function it is.
-FREE_OPTIONS = frozenset({"chunk_size", "dropout", "dtype", "param_dtype", "scan_layers"})
+FREE_OPTIONS = frozenset({"chunk_size", "dropout", "dtype", "param_dtype", "remat", "scan_layers"})
 
 
 def build(config: Mapping[str, Any], *, rngs: nnx.Rngs) -> SequenceModule:
@@ -29,16 +31,29 @@ def build(config: Mapping[str, Any], *, rngs: nnx.Rngs) -> SequenceModule:
 def complete(config: Mapping[str, Any]) -> dict[str, Any]:
   """`config` with the defaults of the options it leaves out, which a later version may change."""
   model, options = _resolve(config)
-  defaults = {
-    name: parameter.default
-    for name, parameter in inspect.signature(model.__init__).parameters.items()
-    if parameter.default is not parameter.empty
-  }
-  settings = {**defaults, **options}
+  settings = {**_defaults(model), **options}
   for name in ("dtype", "param_dtype"):
     if settings.get(name) is not None:
       settings[name] = jnp.dtype(settings[name]).name
   return {"architecture": config["architecture"], **settings}
+
+
+def fields(config: Mapping[str, Any]) -> dict[str, Any]:
+  """As `complete`, where an option without a value is a placeholder that takes its type."""
+  model, _ = _resolve(config)
+  hints = typing.get_type_hints(model.__init__)
+  settings = complete(config)
+  for name, value in settings.items():
+    if value is None:
+      # Names stand for dtypes in a configuration, whatever else the constructor takes.
+      kinds = [kind for kind in typing.get_args(hints[name]) if kind is not type(None)] or [str]
+      settings[name] = placeholder(kinds[0])
+  return settings
+
+
+def _defaults(model: type[SequenceModule]) -> dict[str, Any]:
+  parameters = inspect.signature(model.__init__).parameters
+  return {n: p.default for n, p in parameters.items() if p.default is not p.empty}
 
 
 def _resolve(config: Mapping[str, Any]) -> tuple[type[SequenceModule], dict[str, Any]]:
@@ -49,8 +64,8 @@ def _resolve(config: Mapping[str, Any]) -> tuple[type[SequenceModule], dict[str,
     raise ValueError(f"architecture is {architecture!r}, expected one of {known}")
   model = ARCHITECTURES[architecture]
   known = set(inspect.signature(model.__init__).parameters) - {"self", "rngs"}
-  for name in set(options) - known:
-    close = difflib.get_close_matches(name, known, n=1)
-    hint = f"; did you mean {close[0]!r}?" if close else f"; it has {', '.join(sorted(known))}"
-    raise ValueError(f"model option {name!r} is unknown to {architecture}{hint}")
+  for name in sorted(set(options) - known):
+    guess = closest(name, sorted(known))
+    hint = f"did you mean {guess!r}?" if guess else f"it has {', '.join(sorted(known))}"
+    raise ValueError(f"model option {name!r} is unknown to {architecture}; {hint}")
   return model, options

@@ -30,6 +30,7 @@ class LanguageModel(SequenceModule):
     embedding_init: Any,
     tie_embeddings: bool = False,
     scan_layers: bool | None = None,
+    remat: str = "none",
     dtype: Any = None,
     param_dtype: Any = jnp.float32,
     rngs: nnx.Rngs,
@@ -44,7 +45,7 @@ class LanguageModel(SequenceModule):
       rngs=rngs,
     )
     scan = jax.default_backend() != "cpu" if scan_layers is None else scan_layers
-    self.stack = Stack(make_block, num_layers, scan=scan, rngs=rngs)
+    self.stack = Stack(make_block, num_layers, scan=scan, remat=remat, rngs=rngs)
     self.causal, self.state_is_constant = self.stack.causal, self.stack.state_is_constant
     self.norm = norm
     if tie_embeddings:

@@ -42,6 +42,7 @@ class RetNet(LanguageModel):
     eps: float = 1e-6,
     chunk_size: int = 128,
     scan_layers: bool | None = None,
+    remat: str = "none",
     dtype: Any = None,
     param_dtype: Any = jnp.float32,
     rngs: nnx.Rngs,
@@ -89,6 +90,7 @@ class RetNet(LanguageModel):
       embedding_init=nnx.initializers.normal(0.02 if fla else d_model**-0.5),
       tie_embeddings=tie_embeddings,
       scan_layers=scan_layers,
+      remat=remat,
       **dtypes,
       rngs=rngs,
     )

@@ -1,5 +1,6 @@
 """Residual blocks, and stacks of them with one compiled body or one per layer."""
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -7,6 +8,14 @@ import jax.numpy as jnp
 from flax import nnx
 
 from ..interface import Scanned, SequenceModule, check_call
+from ..sharding import constrain_batch
+
+# What of a layer is stored for the backward pass, which computes the rest again.
+REMAT_POLICIES = {
+  "none": None,  # all of it is stored
+  "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # products with weights
+  "full": jax.checkpoint_policies.nothing_saveable,  # its input alone
+}
 
 
 class Block(SequenceModule):
@@ -48,6 +57,7 @@ class Stack(SequenceModule):
   its state is `Scanned`. `scan=False` keeps and compiles every layer by itself, which on a CPU
   and for decoding is several times faster; its state is a tuple.
   Both start from the same values for the same `rngs`, and `arch.layout` converts between them.
+  `remat` names one of `REMAT_POLICIES`.
   """
 
   def __init__(
@@ -56,9 +66,12 @@ class Stack(SequenceModule):
     num_layers: int,
     *,
     scan: bool,
+    remat: str = "none",
     rngs: nnx.Rngs,
   ):
-    self.num_layers, self.scan = num_layers, scan
+    if remat not in REMAT_POLICIES:
+      raise ValueError(f"remat is {remat!r}, expected one of {', '.join(REMAT_POLICIES)}")
+    self.num_layers, self.scan, self.remat = num_layers, scan, remat
     stacked = nnx.vmap(make_block)(rngs.split(num_layers))
     self.causal, self.state_is_constant = stacked.causal, stacked.state_is_constant
     if scan:
@@ -75,38 +88,41 @@ class Stack(SequenceModule):
   def __call__(self, x, state=None, *, form="parallel", reset=None, mask=None, rngs=None):
     check_call(x, form, reset, mask)
     keys = None if rngs is None else jax.random.split(rngs.dropout(), self.num_layers)
-    call = {"form": form, "reset": reset, "mask": mask}
+
+    def run(graphdef, x, layer):
+      variables, before, key = layer
+      block = nnx.merge(graphdef, variables)
+      rngs = None if key is None else nnx.Rngs(dropout=key)
+      x, after = block(x, before, form=form, reset=reset, mask=mask, rngs=rngs)
+      return constrain_batch(x), (after, nnx.state(block, nnx.BatchStat))
+
+    policy = REMAT_POLICIES[self.remat]
+    if policy is not None:
+      # Within a scan, XLA cannot merge what is computed again with what was computed before.
+      run = jax.checkpoint(run, policy=policy, prevent_cse=not self.scan, static_argnums=0)
+    x = constrain_batch(x)
     if self.scan:
-      return self._scan(x, state, keys, call)
-    absent = [None] * self.num_layers
+      graphdef, variables = nnx.split(self.layers)
+      before = None if state is None else state.layers
+      x, (states, statistics) = jax.lax.scan(
+        functools.partial(run, graphdef), x, (variables, before, keys)
+      )
+      self._update(self.layers, statistics, rngs)
+      return x, Scanned(states)
     states = []
-    for layer, before, key in zip(
-      self.layers, absent if state is None else state, absent if keys is None else keys, strict=True
-    ):
-      x, after = layer(x, before, rngs=_layer_rngs(key), **call)
+    for i, layer in enumerate(self.layers):
+      before, key = (None if a is None else a[i] for a in (state, keys))
+      graphdef, variables = nnx.split(layer)
+      x, (after, statistics) = run(graphdef, x, (variables, before, key))
+      self._update(layer, statistics, rngs)
       states.append(after)
     return x, tuple(states)
 
-  def _scan(self, x, state, keys, call):
-    graphdef, variables = nnx.split(self.layers)
-
-    def body(x, layer):
-      variables, before, key = layer
-      block = nnx.merge(graphdef, variables)
-      x, after = block(x, before, rngs=_layer_rngs(key), **call)
-      return x, (after, nnx.state(block, nnx.BatchStat))
-
-    per_layer = (variables, None if state is None else state.layers, keys)
-    x, (states, statistics) = jax.lax.scan(body, x, per_layer)
-    if keys is not None:  # evaluation writes nothing, so it may run within any transform
-      nnx.update(self.layers, statistics)
-    return x, Scanned(states)
+  def _update(self, layer, statistics, rngs):
+    if rngs is not None:  # evaluation writes nothing, so it may run within any transform
+      nnx.update(layer, statistics)
 
 
 def _layer(stacked: nnx.Module, i: int) -> nnx.Module:
   graphdef, variables = nnx.split(stacked)
   return nnx.merge(graphdef, jax.tree.map(lambda a: a[i], variables))
-
-
-def _layer_rngs(key):
-  return None if key is None else nnx.Rngs(dropout=key)

@@ -24,6 +24,10 @@ ITEM = "default"
 SIZES = "sizes.json"
 
 
+class UnreadableError(OSError):
+  """There are checkpoints, but none of them can be read."""
+
+
 class Checkpoints:
   """Saves and restores the state of one training run. A context manager.
 
@@ -34,20 +38,17 @@ class Checkpoints:
 
   Args:
     folder: where checkpoints are kept; created if need be. Only one process may save there.
-    every_steps: saves happen at the multiples of this.
     keep: how many of the newest checkpoints stay; older ones are deleted.
   """
 
-  def __init__(self, folder: str | os.PathLike, *, every_steps: int, keep: int):
-    for name, value in (("every_steps", every_steps), ("keep", keep)):
-      if value < 1:
-        raise ValueError(f"{name} is {value}: expected at least 1")
+  def __init__(self, folder: str | os.PathLike, *, keep: int):
+    if keep < 1:
+      raise ValueError(f"keep is {keep}: expected at least 1")
     self._folder = Path(folder).absolute()
     self._manager = ocp.CheckpointManager(
       self._folder,
       item_handlers=_Handler(),
       options=ocp.CheckpointManagerOptions(
-        save_decision_policy=ocp.checkpoint_managers.FixedIntervalPolicy(every_steps),
         preservation_policy=ocp.checkpoint_managers.LatestN(keep),
         enable_async_checkpointing=True,
         cleanup_tmp_directories=True,
@@ -60,17 +61,15 @@ class Checkpoints:
   def __exit__(self, *exc_info) -> None:
     self.close()
 
-  def save(self, step: int, tree: Any, *, force: bool = False) -> bool:
-    """Starts to save `tree`, a pytree of arrays and numbers, and tells whether it did.
+  def save(self, step: int, tree: Any) -> None:
+    """Starts to save `tree`, a pytree of arrays and numbers, unless `step` is saved already.
 
-    It does at a multiple of `every_steps`, or at any step if `force`, unless `step` is saved
-    already. Waits for the save before, if that is still under way.
+    Waits for the save before, if that is still under way.
     """
     if not self._manager.is_saving_in_progress():
       self.wait()
-    if step in self._manager.all_steps():
-      return False
-    return self._manager.save(step, args=_Tree(tree), force=force)
+    if step not in self._manager.all_steps():
+      self._manager.save(step, args=_Tree(tree), force=True)
 
   def restore_latest(self, abstract_tree: Any) -> tuple[int, Any] | None:
     """Restores the newest checkpoint that can be read.
@@ -88,7 +87,7 @@ class Checkpoints:
 
     Raises:
       ValueError: if names or shapes in the checkpoint differ from those of `abstract_tree`.
-      RuntimeError: if there are checkpoints but none can be read.
+      UnreadableError: if there are checkpoints but none can be read.
     """
     self.wait()
     steps = _steps(self._folder)
@@ -101,10 +100,6 @@ class Checkpoints:
       (self._folder / str(damaged)).rename(aside)
     self._manager.reload()
     return step, tree
-
-  def latest_step(self) -> int | None:
-    """The newest step that is completely on disk."""
-    return max(_steps(self._folder), default=None)
 
   def wait(self) -> None:
     """Waits until everything is on disk."""
@@ -122,20 +117,17 @@ def restore(
 
   Arguments, result and errors are those of `Checkpoints.restore_latest`, except that the
   checkpoint may hold more than `abstract_tree` asks for (an optimizer's state, which then is not
-  read), that it may be a function that chooses from what `read_abstract` tells of a checkpoint,
-  that with a `step` only that checkpoint is tried, and that it is a ValueError if there is none.
+  read), that `abstract_tree` may be a function that chooses from what a checkpoint holds (nested
+  dictionaries and lists of `jax.ShapeDtypeStruct`), that with a `step` only that checkpoint is
+  tried, and that it is a ValueError if there is none.
   """
   folder = Path(folder).absolute()
   return _restore_newest(folder, _existing_steps(folder, step), abstract_tree, partial=True)
 
 
-def read_abstract(folder: str | os.PathLike, step: int | None = None) -> Any:
-  """Tells what a checkpoint holds: nested dictionaries and lists of `jax.ShapeDtypeStruct`.
-
-  Reads the newest checkpoint, or that of `step`, but none of its arrays.
-  """
-  folder = Path(folder).absolute()
-  return _read_abstract(folder / str(max(_existing_steps(folder, step))) / ITEM)
+def has_checkpoint(folder: str | os.PathLike) -> bool:
+  """Whether `folder`, which need not exist, holds a complete checkpoint, readable or not."""
+  return bool(_steps(Path(folder).absolute()))
 
 
 class _Handler(ocp.StandardCheckpointHandler):
@@ -180,7 +172,7 @@ def _restore_newest(
     except _DamagedError as error:
       logging.warning("checkpoint %s cannot be read: %s", folder / str(step), error)
       damage = error
-  raise RuntimeError(
+  raise UnreadableError(
     f"none of the checkpoints {sorted(steps)} in {folder} can be read; the oldest: {damage}"
   ) from damage
 

@@ -3,14 +3,19 @@
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
+from ..models import fields
 from ..sharding import RULES
 
 
 def default_config(**model) -> ConfigDict:
-  """All fields of a run with their defaults; `model` is the complete description of the model."""
+  """All fields of a run with their defaults.
+
+  `model` names the architecture and its options; those it leaves out are added, so that they can be
+  overridden.
+  """
   return ConfigDict(
     {
-      "model": model,
+      "model": fields(model),
       "data": {
         "name": "python_stdlib",  # the corpus, unless one of the next three is given
         "path": placeholder(str),  # a file or folder of text; .jsonl and .gz as well
@@ -22,8 +27,9 @@ def default_config(**model) -> ConfigDict:
         "prompt_field": placeholder(str),  # of records; prompts are read, not trained on
         "workers": 0,  # processes that read batches ahead; 0: threads
         "tokenizer": "sentencepiece",  # or "bytes"
-        "dir": placeholder(str),  # prepared data; default $TRIFORM_DATA or ~/.cache/triform
+        "dir": placeholder(str),  # prepared data; default see arch/caches.py
       },
+      "init_from": placeholder(str),  # start from a run, an exported folder or published weights
       "seed": 0,  # of parameters, data order and dropout
       "seq_len": 512,  # tokens in a training window
       "batch_size": 8,  # windows in a step, over all devices
@@ -64,7 +70,7 @@ def default_config(**model) -> ConfigDict:
         "keep": 3,  # of the newest
         "best": False,  # keep that of the lowest evaluation loss too, in best/
       },
-      "compilation_cache": True,  # under ~/.cache/triform; off: compile anew each time
+      "compilation_cache": True,  # beside prepared data; off: compile anew each time
       "peak_flops": placeholder(float),  # FLOP/s of a device, for MFU; default known or measured
     }
   )

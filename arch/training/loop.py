@@ -2,35 +2,40 @@
 
 import contextlib
 import json
+import math
 import os
-import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
-from flax import nnx
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from .. import flops
-from ..data.packing import train_batches
+from ..caches import enable_compilation_cache
 from ..data.text import load_text
 from ..data.tokenizers import load_tokenizer
 from ..evaluation import bits_per_byte, evaluate
 from ..interface import FORMS
-from ..layout import from_stacked, split_model, to_stacked
-from ..models import build
+from ..layout import to_stacked
+from ..loading import initial_parameters
+from ..sharding import make_mesh
 from . import workdir as workdirs
-from .checkpoints import Checkpoints
+from .best import Best
+from .checkpoints import Checkpoints, has_checkpoint
+from .config_json import flatten
 from .metrics import MetricWriter
-from .optimizer import optimizer, schedule
-from .step import TrainState, make_train_step
+from .optimizer import schedule
+from .profile import Profiler
+from .program import make_program
+from .signals import stop_signals
 
 _POSITIVE = (
   "seq_len",
   "batch_size",
+  "accumulate",
   "total_steps",
   "log_every_steps",
   "eval.every_steps",
@@ -65,99 +70,132 @@ def train(config: ConfigDict, workdir: str | os.PathLike, *, profile: bool = Fal
       directory tells the step and its batch, and the state before it is the last one kept.
   """
   _check(config)
-  workdir = Path(workdir)
+  workdirs.check(workdir, config)
+  with workdirs.lock(workdir):
+    return _train(config, Path(workdir), profile)
+
+
+def _train(config: ConfigDict, workdir: Path, profile: bool) -> bool:
   if config.compilation_cache:
     enable_compilation_cache()
   mesh = make_mesh(config.mesh)
-  workdirs.prepare(workdir, config)
-  # A resumed run keeps its tokenizer, even where the corpus has changed with the Python version.
+  # A resumed run keeps its tokenizer, even where the corpus has changed with the Python version;
+  # one that starts from another's parameters keeps the ids they know.
   tokenizer_folder = workdir / "tokenizer"
-  tokenizer = load_tokenizer(tokenizer_folder) if tokenizer_folder.exists() else None
+  resumes = has_checkpoint(workdir / "checkpoints")
+  initial = None
+  if resumes:
+    tokenizer = load_tokenizer(tokenizer_folder)
+  elif config.init_from is None:
+    tokenizer = None
+  else:
+    initial = initial_parameters(config.init_from, config.model)
+    tokenizer = initial.tokenizer
   data = load_text(config.data, config.model.vocab_size, tokenizer)
-  data.tokenizer.save(tokenizer_folder)
-  special = {"bos_id": data.tokenizer.bos_id, "eos_id": data.tokenizer.eos_id}
-  batches = train_batches(
-    data.train, **special, seq_len=config.seq_len, batch_size=config.batch_size, seed=config.seed
+  batches = data.batches(
+    seq_len=config.seq_len,
+    batch_size=config.batch_size,
+    seed=config.seed,
+    host=jax.process_index(),
+    num_hosts=jax.process_count(),
+    workers=config.data.workers,
   )
-  total_steps = count_steps(config, steps_per_epoch=1)
-
+  total_steps = count_steps(config, batches.steps)
   program = make_program(config, mesh, total_steps)
-  workdirs.write_parameter_table(workdir, program.abstract.params)
   meter = _Meter(config, workdir, total_steps, mesh, data.tokenizer.token_bytes)
 
   with (
-    Checkpoints(
-      workdir / "checkpoints", every_steps=config.checkpoint.every_steps, keep=config.checkpoint.keep
-    ) as checkpoints,
-    _Best(workdir / "best", config.checkpoint.best) as best,
+    Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep) as checkpoints,
+    Best(workdir / "best", enabled=config.checkpoint.best) as best,
     stop_signals() as stopped,
   ):
     restored = checkpoints.restore_latest(program.stacked)
+    start = 0 if restored is None else restored[0]
+    if start >= total_steps:
+      print(
+        f"{workdir} is trained to step {start} of {total_steps}, so there is nothing to do: give "
+        "another --workdir for a new run, or more steps to go on"
+      )
+      return True
+    # Only now: a run that was mistyped must not keep the work directory for itself.
+    changes = workdirs.prepare(workdir, config)
+    data.tokenizer.save(tokenizer_folder)
+    workdirs.write_parameter_table(workdir, program.abstract.params)
     if restored is None:
-      start, state = 0, program.init()
+      state = program.init(None if initial is None else initial.leaves)
     else:
-      start, leaves = restored
-      state = program.from_stacked(leaves)
-      print(f"resuming {workdir} from step {start}", flush=True)
-
-    def validate(step: int):
-      options = {k: v for k, v in config.eval.items() if k != "every_steps"}
-      result = evaluate(program.model(state), data.validation, data.tokenizer, **options)
-      names = ("loss", "perplexity", "bits_per_byte")
-      writer.write(step, {f"eval_{name}": result[name] for name in names})
-      best.offer(step, result["loss"], state)
-
-    def read(last):
-      if last is not None:
-        meter.read(writer, *last)
+      state = program.from_stacked(restored[1])
+      print(f"resuming {workdir} from step {start}", *changes, sep="\n  ", flush=True)
 
     with (
       MetricWriter(workdir, total_steps=total_steps, start_step=start) as writer,
-      _Profiler(workdir / "profile", start, enabled=profile) as profiler,
+      Profiler(workdir / "profile", start, enabled=profile) as profiler,
+      contextlib.closing(batches.iterate(start)) as upcoming,
     ):
+
+      def validate(step: int):
+        options = {k: v for k, v in config.eval.items() if k != "every_steps"}
+        result = evaluate(program.model(state), data.validation, data.tokenizer, **options)
+        names = ("loss", "perplexity", "bits_per_byte")
+        writer.write(step, {f"eval_{name}": result[name] for name in names})
+        best.offer(step, result["loss"], state)
+
+      batch = next(upcoming)
+      placed = program.put(batch)
       last = None  # of the step before, read while the device works on this one
       step = start
-      while step < total_steps and not stopped:
-        batch = batches[step]
-        state, metrics = program.step(state, program.put(batch), np.int32(step))
+      while step < total_steps and not stopped.is_set():
+        state, metrics = program.step(state, placed, np.int32(step))
         step += 1
-        read(last)
-        last = (step, batch, metrics)
-        evaluates = step % config.eval.every_steps == 0 or step == total_steps
-        keeps = step % config.checkpoint.every_steps == 0
-        if evaluates or keeps:
-          read(last)
-          last = None
-        with meter.paused():
-          if evaluates:
-            validate(step)
-          if keeps:
-            checkpoints.save(step, to_stacked(state))
+        if last is not None:
+          meter.read(writer, *last)
+        last = step, batch, metrics
+        batch = next(upcoming)
+        placed = program.put(batch)
         profiler.advance(step, metrics)
-      read(last)
-      checkpoints.save(step, to_stacked(state), force=True)
+        evaluates = step % config.eval.every_steps == 0 or step == total_steps
+        keeps = step % config.checkpoint.every_steps == 0 or step == total_steps
+        if evaluates or keeps:
+          meter.read(writer, *last)  # a state is kept only if its step was finite
+          last = None
+          with meter.paused():
+            if keeps:
+              checkpoints.save(step, to_stacked(state))
+            if evaluates:
+              validate(step)
+      if last is not None:
+        meter.read(writer, *last)
+      checkpoints.save(step, to_stacked(state))
   return step == total_steps
 
 
-def count_steps(config: ConfigDict, steps_per_epoch: int) -> int:
-  """The steps of a run: `total_tokens` or `total_epochs` if one is given, else `total_steps`."""
+def count_steps(config: ConfigDict, steps_of_epochs: Callable[[float], int]) -> int:
+  """The steps of a run: by `total_tokens` or `total_epochs` if given, else `total_steps`."""
   if config.total_tokens is not None and config.total_epochs is not None:
     raise ValueError("total_tokens and total_epochs are both given, expected at most one")
   if config.total_tokens is not None:
     return max(math.ceil(config.total_tokens / (config.batch_size * config.seq_len)), 1)
   if config.total_epochs is not None:
-    return max(math.ceil(config.total_epochs * steps_per_epoch), 1)
+    return steps_of_epochs(config.total_epochs)
   return config.total_steps
 
 
 class _Meter:
   """Reads metrics of finished steps, checks them, and turns them into rates."""
 
-  def __init__(self, config: ConfigDict, workdir: Path, token_bytes: np.ndarray):
+  def __init__(
+    self,
+    config: ConfigDict,
+    workdir: Path,
+    total_steps: int,
+    mesh: Mesh,
+    token_bytes: np.ndarray,
+  ):
     self._config, self._workdir, self._token_bytes = config, workdir, token_bytes
-    self._schedule = schedule(config.optimizer, config.total_steps)
+    self._total_steps = total_steps
+    self._schedule = schedule(config.optimizer, total_steps)
     self._flops_per_token = flops.train_flops_per_token(config.model, config.seq_len, config.form)
-    self._peak = config.peak_flops or flops.peak_flops(jax.devices()[0])
+    self._peak = (config.peak_flops or flops.peak_flops(mesh.devices.flat[0])) * mesh.size
     self._tokens, self._since = 0, None
 
   def read(self, writer: MetricWriter, step: int, batch: dict, metrics: dict):
@@ -170,9 +208,9 @@ class _Meter:
       self._since = now
     else:
       self._tokens += batch["inputs"].size
-    if step % self._config.log_every_steps and step != self._config.total_steps:
+    if step % self._config.log_every_steps and step != self._total_steps:
       return
-    text_bytes = int(self._token_bytes[batch["targets"]][batch["mask"]].sum())
+    text_bytes = int(self._token_bytes[batch["targets"]][batch["loss_mask"]].sum())
     record = {
       "loss": metrics["loss"],
       "bits_per_byte": bits_per_byte(metrics["total_loss"], text_bytes),
@@ -214,44 +252,10 @@ class _Meter:
 
 
 def _check(config: ConfigDict) -> None:
-  fields = workdirs.flatten(config)
+  fields = flatten(config)
   for name in _POSITIVE:
     if fields[name] < 1:
       raise ValueError(f"{name} is {fields[name]}, expected at least 1")
   for name in ("form", "eval.form"):
     if fields[name] not in FORMS:
       raise ValueError(f"{name} is {fields[name]!r}, expected one of {', '.join(FORMS)}")
-
-
-def enable_compilation_cache() -> None:
-  folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "triform" / "xla"
-  if jax.config.jax_compilation_cache_dir is None:
-    jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-
-
-class _Stopped:
-  def __init__(self):
-    self.signal: int | None = None
-
-  def __bool__(self):
-    return self.signal is not None
-
-
-@contextlib.contextmanager
-def stop_signals() -> Iterator[_Stopped]:
-  """True once SIGTERM or SIGINT has come; the second one acts as it would have by default."""
-  stopped = _Stopped()
-  previous: dict[int, Any] = {}
-
-  def handle(number, _):
-    stopped.signal = number
-    signal.signal(number, previous[number])
-
-  for number in (signal.SIGTERM, signal.SIGINT):
-    previous[number] = signal.signal(number, handle)
-  try:
-    yield stopped
-  finally:
-    for number, handler in previous.items():
-      signal.signal(number, handler)

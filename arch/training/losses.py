@@ -69,9 +69,7 @@ def _forward(read_out, z_loss, pieces, parameters, features, targets, mask):
 
 
 def _backward(read_out, z_loss, pieces, residuals, cotangents):
-  gradients, x_gradients = jax.tree.map(
-    lambda a: (a * cotangents[0]).astype(a.dtype), residuals
-  )
+  gradients, x_gradients = jax.tree.map(lambda a: (a * cotangents[0]).astype(a.dtype), residuals)
   return gradients, x_gradients, None, None
 
 
@@ -95,7 +93,9 @@ def _over_pieces(add, sums, features, targets, mask, pieces):
   sums = jax.tree.map(lambda a: jnp.asarray(a, dtype) if isinstance(a, float) else a, sums)
   if pieces == 1:
     return add(sums, (features, targets, mask))
-  sums, outputs = jax.lax.scan(add, sums, tuple(_split(a, pieces) for a in (features, targets, mask)))
+  sums, outputs = jax.lax.scan(
+    add, sums, tuple(_split(a, pieces) for a in (features, targets, mask))
+  )
   if outputs is not None:
     outputs = jnp.moveaxis(outputs, 0, 1).reshape(features.shape)
   return sums, outputs

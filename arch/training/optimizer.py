@@ -20,18 +20,19 @@ def schedule(config: ConfigDict, total_steps: int) -> optax.Schedule:
   run, so that a shortened run is still a sensible one.
   """
   peak, warmup = config.learning_rate, min(config.warmup_steps, total_steps // 10)
+  rise = max(warmup, 1)
   final, decay_steps = peak * config.final_fraction, max(total_steps - warmup, 1)
   after = {
     "cosine": optax.cosine_decay_schedule(peak, decay_steps, config.final_fraction),
     "linear": optax.linear_schedule(peak, final, decay_steps),
-    "rsqrt": lambda step: peak * jnp.sqrt(max(warmup, 1) / (step + max(warmup, 1))),
+    "rsqrt": lambda step: peak * jnp.sqrt(rise / (jnp.maximum(step, 0) + rise)),
   }
   if config.schedule not in after:
     raise ValueError(
       f"optimizer.schedule is {config.schedule!r}, expected one of {', '.join(after)}"
     )
-  rise = optax.linear_schedule(0.0, peak, max(warmup, 1))
-  return optax.join_schedules([rise, after[config.schedule]], [warmup])
+  before = optax.linear_schedule(0.0, peak, rise)
+  return optax.join_schedules([before, after[config.schedule]], [warmup])
 
 
 def optimizer(config: ConfigDict, total_steps: int) -> optax.GradientTransformation:
@@ -56,9 +57,7 @@ def optimizer(config: ConfigDict, total_steps: int) -> optax.GradientTransformat
     ),
   }
   if config.name not in directions:
-    raise ValueError(
-      f"optimizer.name is {config.name!r}, expected one of {', '.join(directions)}"
-    )
+    raise ValueError(f"optimizer.name is {config.name!r}, expected one of {', '.join(directions)}")
   decays = functools.partial(_multipliers, config, "weight_decay_multipliers")
   rates = functools.partial(_multipliers, config, "learning_rate_multipliers")
   return optax.chain(
@@ -67,7 +66,9 @@ def optimizer(config: ConfigDict, total_steps: int) -> optax.GradientTransformat
     optax.stateless(
       lambda updates, params: jax.tree.map(
         lambda u, p, decay: u + config.weight_decay * decay * p if decay else u,
-        updates, params, decays(params),
+        updates,
+        params,
+        decays(params),
       )
     ),
     optax.scale_by_learning_rate(schedule(config, total_steps)),

@@ -7,7 +7,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -38,11 +37,23 @@ class Program:
   abstract: TrainState
   stacked: dict[str, jax.ShapeDtypeStruct]
   step: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
-  _make: Callable[[], TrainState]
+  _make: Callable[[], tuple[Any, Any]]
+  _begin: Callable[[Any, Any], TrainState]
 
-  def init(self) -> TrainState:
-    """The state before the first step, made in its place."""
-    return jax.jit(self._make, out_shardings=_shardings(self.abstract))()
+  def init(self, leaves: dict[str, np.ndarray] | None = None) -> TrainState:
+    """The state before the first step, made in its place.
+
+    Args:
+      leaves: parameters and variables to start from instead of random ones, as in `stacked`.
+    """
+    begin = jax.jit(
+      lambda *made: self._begin(*made) if made else self._begin(*self._make()),
+      out_shardings=_shardings(self.abstract),
+    )
+    if leaves is None:
+      return begin()
+    like = {"params": self.abstract.params, "variables": self.abstract.variables}
+    return begin(*jax.device_put(from_stacked(leaves, like), _shardings(like)).values())
 
   def from_stacked(self, leaves: dict[str, jax.Array]) -> TrainState:
     """The state that a checkpoint holds."""
@@ -78,9 +89,10 @@ def make_program(
     )
   update = optimizer(config.optimizer, total_steps)
 
-  def make() -> TrainState:
-    model = make_model(config.model, rngs=nnx.Rngs(config.seed))
-    _, params, variables = split_model(model)
+  def make() -> tuple[Any, Any]:
+    return split_model(make_model(config.model, rngs=nnx.Rngs(config.seed)))[1:]
+
+  def begin(params, variables) -> TrainState:
     average = None if config.average_decay is None else jax.tree.map(jnp.copy, params)
     return TrainState(params, variables, update.init(params), average)
 
@@ -99,7 +111,7 @@ def make_program(
     ),
     average_decay=config.average_decay,
   )
-  shapes = jax.eval_shape(make)
+  shapes = jax.eval_shape(lambda: begin(*make()))
   abstract = _placed(shapes, mesh, config.sharding_rules)
   stacked = _placed(jax.eval_shape(to_stacked, shapes), mesh, config.sharding_rules)
 
@@ -113,7 +125,7 @@ def make_program(
     in_shardings=(_shardings(abstract), batch_sharding(mesh), None),
     out_shardings=(_shardings(abstract), None),
   )
-  return Program(config, mesh, graphdef, abstract, stacked, compiled, make)
+  return Program(config, mesh, graphdef, abstract, stacked, compiled, make, begin)
 
 
 def _placed(shapes: Any, mesh: Mesh, rules) -> Any:

@@ -21,6 +21,12 @@ class TrainState(NamedTuple):
   average: Any = None  # of the parameters, exponential moving; None if there is none
 
 
+def token_losses(logits: jax.Array, batch: dict[str, jax.Array]) -> jax.Array:  # [b, t]
+  """Cross entropy of every target in nats, 0 where it is not trained on (`loss_mask`)."""
+  losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["targets"])
+  return jnp.where(batch["loss_mask"], losses, 0)
+
+
 def make_train_step(
   graphdef: nnx.GraphDef,
   optimizer: optax.GradientTransformation,
@@ -35,10 +41,9 @@ def make_train_step(
   """`step_fn(state, batch, step) -> (state, metrics)`.
 
   The loss is the mean over the tokens in the batch's `loss_mask`, whether the batch is computed
-  at once or in `accumulate` parts one after another (`rows i, i + accumulate, ...` in part `i`,
+  at once or in `accumulate` parts one after another (rows `i, i + accumulate, ...` in part `i`,
   so that every device has rows in each). Randomness is `fold_in(key(seed), step)`, so that a step
-  depends on nothing but its arguments. A step whose loss or update is not finite leaves the state
-  as it was; its metrics tell.
+  depends on nothing but its arguments. Metrics tell whether loss and update were `finite`.
   """
 
   def loss_fn(params, variables, batch, key):
@@ -59,7 +64,7 @@ def make_train_step(
   gradient_fn = jax.grad(loss_fn, has_aux=True)
 
   def accumulated(params, variables, batch, key):
-    """Sums over the batch: gradients, cross entropy, and the variables after it."""
+    """Sums over the batch: gradients, and cross entropy; and the variables after it."""
 
     def add(carry, part):
       sums, variables = carry
@@ -69,13 +74,14 @@ def make_train_step(
       )
       return (jax.tree.map(jnp.add, sums, (gradients, nats)), variables), None
 
+    if accumulate == 1:
+      gradients, (nats, variables) = gradient_fn(params, variables, batch, key)
+      return gradients, nats, variables
     parts = jax.tree.map(
       lambda a: jnp.swapaxes(a.reshape(-1, accumulate, *a.shape[1:]), 0, 1), batch
     )
-    first = jax.tree.map(lambda a: a[0], parts)
-    gradients, (nats, variables) = gradient_fn(params, variables, first, jax.random.fold_in(key, 0))
-    rest = (jnp.arange(1, accumulate), jax.tree.map(lambda a: a[1:], parts))
-    (sums, variables), _ = jax.lax.scan(add, ((gradients, nats), variables), rest)
+    zeros = jax.tree.map(jnp.zeros_like, params), jnp.zeros((), jnp.float32)
+    (sums, variables), _ = jax.lax.scan(add, (zeros, variables), (jnp.arange(accumulate), parts))
     return *sums, variables
 
   def train_step(state: TrainState, batch: dict[str, jax.Array], step: jax.Array):
@@ -88,15 +94,12 @@ def make_train_step(
     average = None
     if average_decay is not None:
       average = optax.incremental_update(params, state.average, 1 - average_decay)
-    new = TrainState(params, variables, optimizer_state, average)
-    finite = jnp.isfinite(nats) & jnp.isfinite(optax.tree.norm(updates))
-    state = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
     metrics = {
       "loss": nats / tokens,
       "total_loss": nats,
       "gradient_norm": optax.tree.norm(gradients),
-      "finite": finite,
+      "finite": jnp.isfinite(nats) & jnp.isfinite(optax.tree.norm(updates)),
     }
-    return state, metrics
+    return TrainState(params, variables, optimizer_state, average), metrics
 
   return train_step

@@ -3,42 +3,77 @@
     WORKDIR/config.json      the configuration of the latest start, see `load_config`
     WORKDIR/versions.json    packages, device and git revision of the latest start
     WORKDIR/parameters.txt   name, shape, dtype and size of every parameter
+    WORKDIR/lock             held by the process that trains there
 
 Files are replaced as a whole or not at all, so that a killed run leaves no half-written one.
 """
 
+import contextlib
+import fcntl
 import importlib.metadata
 import json
 import os
 import platform
+import re
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
-from ml_collections import ConfigDict, config_dict
+from ml_collections import ConfigDict
 
-PACKAGES = ("triform", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
-# What the parameters depend on: a run cannot be resumed with another value of any of these.
-FIXED = ("model", "data.name", "data.tokenizer")
-# The same, of fields that configurations of 0.1.0 lack: there they count as unset.
-_FIXED_LATER = tuple(
-  f"data.{name}" for name in ("path", "tfds", "mixture", "split", "text_field", "prompt_field")
-)
+from ..data.files import atomic_write
+from ..models import FREE_OPTIONS, complete
+from .config_json import decode_config, encode_config, flatten
+
+# What the parameters depend on, with every option of the model that is not free: a run cannot be
+# resumed with another value of any of these.
+_FIXED = frozenset(
+  f"data.{name}"
+  for name in (
+    "name", "path", "tfds", "mixture", "split", "text_field", "prompt_field", "tokenizer"
+  )
+)  # fmt: skip
+_LOCK = "lock"
 ABSENT = "<absent>"
 
-_TUPLE = "__tuple__"
-_PLACEHOLDER = "__placeholder__"
-_PLACEHOLDER_TYPES = {t.__name__: t for t in (bool, int, float, str, tuple)}
+
+@contextlib.contextmanager
+def lock(workdir: str | os.PathLike) -> Iterator[None]:
+  """Keeps `workdir`, created if need be, to this process until the block or the process ends.
+
+  Raises:
+    ValueError: if another process holds it, or the folder cannot be written.
+  """
+  path = Path(workdir) / _LOCK
+  try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = path.open("w")
+  except OSError as error:
+    raise ValueError(f"workdir {workdir} cannot be used: {error}") from error
+  with file:
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+      raise ValueError(
+        f"workdir {workdir} is in use by another process: expected that to end first, or another "
+        "workdir"
+      ) from error
+    yield
 
 
-def check(workdir: str | os.PathLike, config: ConfigDict) -> None:
+def check(workdir: str | os.PathLike, config: ConfigDict) -> list[str]:
   """Checks that a run with `config` can begin in `workdir`, or go on there; writes nothing.
 
   Args:
     workdir: a folder that is new, empty, or that `prepare` has prepared before.
-    config: the whole configuration. To resume a run, everything under `model`, the corpus and the
-      tokenizer must be what they were; the rest may change.
+    config: the whole configuration. To resume a run, the corpus, the tokenizer and all of `model`
+      but `models.FREE_OPTIONS` must be what they were, where leaving an option out, or `None`, is
+      its default; the rest may change.
+
+  Returns:
+    What changes in a run that is resumed, a line each, such as `batch_size: 8 -> 16`.
 
   Raises:
     ValueError: if the folder holds something else, cannot be read, or belongs to a run with
@@ -47,31 +82,37 @@ def check(workdir: str | os.PathLike, config: ConfigDict) -> None:
   workdir = Path(workdir)
   try:
     if (workdir / "config.json").exists():
-      _check_resumable(workdir, load_config(workdir), config)
-    elif workdir.exists() and any(workdir.iterdir()):
+      saved = load_config(workdir)
+      _check_resumable(workdir, saved, config)
+      return _changes(saved, config)
+    if workdir.exists() and not all(map(_is_ours, workdir.iterdir())):
       raise ValueError(
         f"workdir {workdir} is not empty and has no config.json: expected a new or empty folder, "
         "or that of an earlier run"
       )
   except OSError as error:
     raise ValueError(f"workdir {workdir} cannot be used: {error}") from error
+  return []
 
 
-def prepare(workdir: str | os.PathLike, config: ConfigDict) -> None:
+def prepare(workdir: str | os.PathLike, config: ConfigDict) -> list[str]:
   """Creates `workdir` for a run with `config`, or records anew what it goes on with.
+
+  Returns the changes that `check` tells.
 
   Raises:
     ValueError: as `check` does, or if the folder cannot be written.
   """
   workdir = Path(workdir)
-  text = _to_json(config)
-  check(workdir, config)
+  text = json.dumps(encode_config(config), indent=2) + "\n"
+  changes = check(workdir, config)
   try:
     workdir.mkdir(parents=True, exist_ok=True)
     write_atomically(workdir / "config.json", text)
     write_atomically(workdir / "versions.json", json.dumps(versions(), indent=2) + "\n")
   except OSError as error:
     raise ValueError(f"workdir {workdir} cannot be used: {error}") from error
+  return changes
 
 
 def load_config(workdir: str | os.PathLike) -> ConfigDict:
@@ -93,7 +134,7 @@ def versions() -> dict[str, Any]:
   device = jax.devices()[0]
   return {
     "python": platform.python_version(),
-    **{name: importlib.metadata.version(name) for name in PACKAGES},
+    **{name: importlib.metadata.version(name) for name in _packages()},
     "platform": device.platform,
     "device_kind": device.device_kind,
     "device_count": jax.device_count(),
@@ -128,12 +169,13 @@ def write_parameter_table(workdir: str | os.PathLike, params: dict) -> None:
 
 def write_atomically(path: Path, text: str) -> None:
   """Replaces the file at `path` by `text`; whenever the process dies, one of the two is there."""
-  temporary = path.with_name(path.name + ".tmp")
-  with temporary.open("w") as file:
-    file.write(text)
-    file.flush()
-    os.fsync(file.fileno())  # or the rename may reach the disk before the contents
-  temporary.replace(path)
+  with atomic_write(path) as file:
+    file.write(text.encode())
+
+
+def _is_ours(path: Path) -> bool:
+  """Whether a run that was killed before it had a configuration may have left `path`."""
+  return path.name == _LOCK or (path.is_dir() and not any(path.iterdir()))
 
 
 def _check_resumable(workdir: Path, saved: ConfigDict, given: ConfigDict) -> None:
@@ -141,7 +183,7 @@ def _check_resumable(workdir: Path, saved: ConfigDict, given: ConfigDict) -> Non
   differing = [
     f"  {key}: saved {saved.get(key, ABSENT)!r}, given {given.get(key, ABSENT)!r}"
     for key in sorted(saved.keys() | given.keys())
-    if saved.get(key, ABSENT) != given.get(key, ABSENT)
+    if saved.get(key) != given.get(key)
   ]
   if differing:
     raise ValueError(
@@ -152,67 +194,32 @@ def _check_resumable(workdir: Path, saved: ConfigDict, given: ConfigDict) -> Non
 
 
 def _fixed_values(config: ConfigDict) -> dict[str, Any]:
-  names = FIXED + _FIXED_LATER
-  return dict.fromkeys(_FIXED_LATER) | {
+  fields = flatten(config)
+  if "model.architecture" in fields:
+    fields |= {f"model.{name}": value for name, value in complete(config.model).items()}
+  free = {f"model.{name}" for name in FREE_OPTIONS}
+  return {
     key: value
-    for key, value in flatten(config).items()
-    if any(key == fixed or key.startswith(fixed + ".") for fixed in names)
+    for key, value in fields.items()
+    if value is not None and (key in _FIXED or (key.startswith("model.") and key not in free))
   }
 
 
-def flatten(config: ConfigDict, prefix: str = "") -> dict[str, Any]:
-  """The fields of a configuration by their dotted names."""
-  flat = {}
-  for key, value in config.items():
-    if isinstance(value, ConfigDict):
-      flat |= flatten(value, f"{prefix}{key}.")
-    else:
-      flat[prefix + key] = value
-  return flat
+def _changes(saved: ConfigDict, given: ConfigDict) -> list[str]:
+  # A field that only one side knows comes from another version, not from the user.
+  saved, given = flatten(saved), flatten(given)
+  return [
+    f"{key}: {saved[key]!r} -> {given[key]!r}"
+    for key in sorted(saved.keys() & given.keys())
+    if saved[key] != given[key]
+  ]
 
 
-def _to_json(config: ConfigDict) -> str:
-  return json.dumps(encode_config(config), indent=2) + "\n"
-
-
-def encode_config(config: ConfigDict, prefix: str = "") -> dict[str, Any]:
-  """A configuration as JSON knows it; `prefix` is what fields are called in errors."""
-  encoded = {}
-  for key, value in config.items():
-    kind = config.get_type(key)
-    if isinstance(value, ConfigDict):
-      encoded[key] = encode_config(value, f"{prefix}{key}.")
-    elif value is None and kind.__name__ in _PLACEHOLDER_TYPES:
-      encoded[key] = {_PLACEHOLDER: kind.__name__}
-    else:
-      encoded[key] = _encode_value(value, prefix + key)
-  return encoded
-
-
-def _encode_value(value: Any, name: str) -> Any:
-  if isinstance(value, tuple):
-    return {_TUPLE: [_encode_value(v, name) for v in value]}
-  if isinstance(value, list):
-    return [_encode_value(v, name) for v in value]
-  if value is None or type(value) in (bool, int, float, str):
-    return value
-  raise ValueError(
-    f"configuration field {name} is {value!r} of type {type(value).__name__}: expected a bool, "
-    "int, float, str, None, or a tuple or list of these"
-  )
-
-
-def decode_config(value: Any) -> Any:
-  """The inverse of `encode_config`."""
-  if isinstance(value, list):
-    return [decode_config(v) for v in value]
-  if not isinstance(value, dict):
-    return value
-  if _TUPLE in value:
-    return tuple(decode_config(v) for v in value[_TUPLE])
-  if _PLACEHOLDER in value:
-    return config_dict.placeholder(_PLACEHOLDER_TYPES[value[_PLACEHOLDER]])
-  return ConfigDict({k: decode_config(v) for k, v in value.items()})
+def _packages() -> list[str]:
+  """The distributions that are installed with this one, and it."""
+  requirements = importlib.metadata.requires("triform") or []
+  required = [re.match(r"[\w.-]+", r)[0] for r in requirements if "extra ==" not in r]
+  return ["triform", "jaxlib", *required]
 
 
 def _git_state(source: Path) -> dict[str, Any] | None:

@@ -1,0 +1,62 @@
+"""Programs compiled for TPUs that are not here."""
+
+import importlib.util
+import os
+import re
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from jax.experimental import topologies
+
+from triform.arch.sharding import batch_sharding, make_mesh
+from triform.arch.training.program import make_program
+
+pytestmark = [
+  pytest.mark.slow,
+  pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu"),
+]
+CONFIGS = Path(__file__).parents[1] / "configs"
+V5E_MEMORY = 16 * 2**30  # bytes a chip
+
+
+@pytest.fixture(scope="module")
+def v5e_4x4():
+  os.environ |= {  # or libtpu looks for a TPU, and for its lock
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-16",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+  }
+  return topologies.get_topology_desc(platform="tpu", topology_name="v5e:4x4").devices
+
+
+def get_config(name):
+  spec = importlib.util.spec_from_file_location(name, CONFIGS / f"{name}.py")
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module.get_config(), module.__doc__
+
+
+def test_a_training_step_of_retnet_1b_fits_on_v5e_4x4(v5e_4x4):
+  config, docstring = get_config("retnet_1b")
+  config.model.scan_layers = True  # as on a TPU
+  mesh = make_mesh(config.mesh, v5e_4x4)
+  program = make_program(config, mesh, config.total_steps)
+  shape = (config.batch_size, config.seq_len)
+  dtypes = {"inputs": "int32", "targets": "int32", "reset": bool, "mask": bool, "loss_mask": bool}
+  batch = {
+    name: jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(mesh))
+    for name, dtype in dtypes.items()
+  }
+  step = jax.ShapeDtypeStruct((), np.int32)
+  with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+    compiled = program.step.lower(program.abstract, batch, step).compile()
+  memory = compiled.memory_analysis()
+  used = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+  assert used < 0.95 * V5E_MEMORY
+  state = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(program.abstract))
+  assert memory.argument_size_in_bytes < 1.02 * state / mesh.size + 2**20, "state is not divided"
+  (told,) = re.findall(r"([\d.]+) GiB a chip", docstring)
+  assert float(told) == pytest.approx(used / 2**30, rel=0.1)  # another compiler, another plan
