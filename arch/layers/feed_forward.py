@@ -8,6 +8,8 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.nnx.nn.initializers import Initializer
 
+from .linear import Linear
+
 ACTIVATIONS = {
   "gelu": functools.partial(jax.nn.gelu, approximate=False),
   "relu": jax.nn.relu,
@@ -32,8 +34,7 @@ class GatedFeedForward(nnx.Module):
     if activation not in ACTIVATIONS:
       raise ValueError(f"activation is {activation!r}, expected one of {', '.join(ACTIVATIONS)}")
     linear = functools.partial(
-      nnx.Linear,
-      use_bias=False,
+      Linear,
       kernel_init=kernel_init or nnx.initializers.lecun_normal(),
       dtype=dtype,
       param_dtype=param_dtype,

@@ -11,6 +11,7 @@ from flax import nnx
 from triform import kernels
 
 from ..interface import Form, SequenceModule, check_call, state_dtype
+from ..layers.linear import Linear
 
 Decay = Literal["fixed", "learned", "gated"]
 DecaySchedule = Literal["geometric", "linspace"]
@@ -109,9 +110,7 @@ class Retention(SequenceModule):
     self.eps, self.chunk_size = eps, chunk_size
     self.dtype = jnp.dtype(param_dtype if dtype is None else dtype)
 
-    linear = functools.partial(
-      nnx.Linear, use_bias=False, dtype=self.dtype, param_dtype=param_dtype, rngs=rngs
-    )
+    linear = functools.partial(Linear, dtype=self.dtype, param_dtype=param_dtype, rngs=rngs)
     init, output_init = _kernel_inits(dialect)
     self.query = linear(d_model, key_dim, kernel_init=init)
     self.key = linear(d_model, num_kv_heads * self.key_size, kernel_init=init)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from ..interface import SequenceModule, check_call, state_dtype
+from ..layers.linear import Linear
 from .stack import Stack
 
 
@@ -51,10 +52,9 @@ class LanguageModel(SequenceModule):
     if tie_embeddings:
       self.head = None
     else:
-      self.head = nnx.Linear(
+      self.head = Linear(
         d_model,
         vocab_size,
-        use_bias=False,
         kernel_init=embedding_init,
         dtype=dtype,
         param_dtype=param_dtype,

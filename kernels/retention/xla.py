@@ -10,8 +10,9 @@ and the incoming state with weight `exp(A_i)` if `s_i = 0`, else 0. The outgoing
 the last token sees. Counting only real tokens makes a padded tail exact without code of its own.
 The caller has zeroed q, k, v and a per-token log decay at masked tokens.
 
-Arrays are head-major, [b, g, r, n, c, ...], with r = h / g query heads to a key/value head and n
-runs of c tokens; an axis on which nothing depends has size 1.
+Arrays are run-major, then head-major, [n, b, g, r, c, ...], with n runs of c tokens and r = h / g
+query heads to a key/value head: products and the scan over runs then take them as they are. An
+axis on which nothing depends has size 1.
 """
 
 from typing import NamedTuple
@@ -28,7 +29,7 @@ MAX_ROW_BLOCKS = 8
 class _Runs(NamedTuple):
   """What the weights of the tokens of a run are made of."""
 
-  rate: jax.Array  # [1, g, r, 1, 1], `A = rate * count`
+  rate: jax.Array  # [1, 1, g, r, 1], `A = rate * count`
   count: jax.Array  # [..., c], n_i, or A_i itself (and rate 1) for a per-token decay
   documents: jax.Array | None  # int32[..., c], s_i
   real: jax.Array | None  # bool[..., c]
@@ -64,7 +65,7 @@ def _runs(log_decay, reset, mask, g: int, c: int, dtype) -> _Runs:
   """`log_decay` [h] or [b, t, h] in `dtype`; `reset` and `mask` [b, t] or None."""
   real = None if mask is None else _by_head(mask[..., None], 1, c)
   if log_decay.ndim == 1:
-    rate = log_decay.reshape(1, g, -1, 1, 1)
+    rate = log_decay.reshape(1, 1, g, -1, 1)
     tokens = jnp.ones((1, 1, 1, 1, c), bool) if real is None else real
     count = jnp.cumsum(tokens, axis=-1, dtype=jnp.int32).astype(dtype)
   else:
@@ -79,16 +80,16 @@ def _runs(log_decay, reset, mask, g: int, c: int, dtype) -> _Runs:
 
 
 def _by_head(x: jax.Array, g: int, c: int) -> jax.Array:
-  """[b, n c, g r, ...] to [b, g, r, n, c, ...]."""
+  """[b, n c, g r, ...] to [n, b, g, r, c, ...]."""
   b, t, h = x.shape[:3]
   x = x.reshape(b, t // c, c, g, h // g, *x.shape[3:])
-  return x.transpose(0, 3, 4, 1, 2, *range(5, x.ndim))
+  return x.transpose(1, 0, 3, 4, 2, *range(5, x.ndim))
 
 
 def _by_time(x: jax.Array, t: int, dtype) -> jax.Array:
-  """[b, g, r, n, c, v] to [b, t, g r, v], dropping the padded tail."""
-  b, g, r, n, c, v = x.shape
-  return x.transpose(0, 3, 4, 1, 2, 5).reshape(b, n * c, g * r, v)[:, :t].astype(dtype)
+  """[n, b, g, r, c, v] to [b, t, g r, v], dropping the padded tail."""
+  n, b, g, r, c, v = x.shape
+  return x.transpose(1, 0, 4, 2, 3, 5).reshape(b, n * c, g * r, v)[:, :t].astype(dtype)
 
 
 def _accumulator(q, k, v, state) -> jnp.dtype:
@@ -97,20 +98,22 @@ def _accumulator(q, k, v, state) -> jnp.dtype:
 
 
 def _attend(q, k, v, weights):
-  """`((q k^T) * weights) v` with q [b, g, r, n, i, k], k and v [b, g, 1, n, j, ...]."""
-  scores = jnp.einsum("bgrnik,bgnjk->bgrnij", q, k[:, :, 0], preferred_element_type=weights.dtype)
+  """`((q k^T) * weights) v` with q [n, b, g, r, i, k], k and v [n, b, g, 1, j, ...]."""
+  scores = jnp.einsum(
+    "nbgrik,nbgjk->nbgrij", q, k[:, :, :, 0], preferred_element_type=weights.dtype
+  )
   # In the other order of operands, XLA for CPU compiles bfloat16 to a product it cannot run.
   return jnp.einsum(
-    "bgnjv,bgrnij->bgrniv",
-    v[:, :, 0],
+    "nbgjv,nbgrij->nbgriv",
+    v[:, :, :, 0],
     (scores * weights).astype(v.dtype),
     preferred_element_type=weights.dtype,
   )
 
 
 def _read(q, state, weights):
-  """What outputs take of the states [b, g, r, n, k, v] that precede their runs."""
-  read = jnp.einsum("bgrnck,bgrnkv->bgrncv", q.astype(state.dtype), state)
+  """What outputs take of the states [n, b, g, r, k, v] that precede their runs."""
+  read = jnp.einsum("nbgrck,nbgrkv->nbgrcv", q.astype(state.dtype), state)
   return _weigh(weights[..., None], read)
 
 
@@ -120,9 +123,9 @@ def _weigh(weights, x):
 
 
 def _leave(k, v, weights):
-  """`sum_j weights_j k_j v_j^T`: what every run adds to the state, [b, g, r, n, k, v]."""
+  """`sum_j weights_j k_j v_j^T`: what every run adds to the state, [n, b, g, r, k, v]."""
   weighted = k.astype(weights.dtype) * weights[..., None]
-  return jnp.einsum("bgrnck,bgncv->bgrnkv", weighted, v[:, :, 0].astype(weights.dtype))
+  return jnp.einsum("nbgrck,nbgcv->nbgrkv", weighted, v[:, :, :, 0].astype(weights.dtype))
 
 
 def _untouched_if_masked(new, old, mask):
@@ -187,9 +190,8 @@ def chunkwise(q, k, v, log_decay, state, reset, mask, *, chunk_size):
     kept, added = chunk
     return _weigh(kept, before) + added, before
 
-  by_chunk = [jnp.moveaxis(a, 3, 0) for a in (kept, added)]
-  final, before = jax.lax.scan(carry, state.reshape(added[:, :, :, 0].shape), by_chunk)
-  out = _attend(q, k, v, within) + _read(q, jnp.moveaxis(before, 0, 3), incoming)
+  final, before = jax.lax.scan(carry, state.reshape(added.shape[1:]), (kept, added))
+  out = _attend(q, k, v, within) + _read(q, before, incoming)
   return _by_time(out, t, out_dtype), _untouched_if_masked(final.reshape(state.shape), state, mask)
 
 

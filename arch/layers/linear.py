@@ -1,0 +1,43 @@
+"""The linear layer of every model."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+
+class Linear(nnx.Linear):
+  """`W x` without a bias: `nnx.Linear`, but for how its gradient is computed.
+
+  JAX asks for the gradient of the weights as `(dy^T x)^T`, for which XLA for CPU first writes `dy`
+  again in the transposed layout. Asking for `x^T dy` made a training step 1.3 times faster there.
+  Differentiable in reverse mode only.
+  """
+
+  def __init__(self, in_features: int, out_features: int, **options: Any):
+    super().__init__(in_features, out_features, use_bias=False, **options)
+
+  def __call__(self, x: jax.Array) -> jax.Array:  # [..., in] -> [..., out]
+    kernel = self.kernel[...]
+    dtype = jnp.result_type(x, kernel) if self.dtype is None else self.dtype
+    return _product(jnp.asarray(x, dtype), kernel.astype(dtype))
+
+
+@jax.custom_vjp
+def _product(x, kernel):
+  return jnp.tensordot(x, kernel, axes=1)
+
+
+def _forward(x, kernel):
+  return _product(x, kernel), (x, kernel)
+
+
+def _backward(residuals, dy):
+  x, kernel = residuals
+  tokens = tuple(range(x.ndim - 1))
+  dx = jnp.tensordot(dy, kernel, axes=((dy.ndim - 1,), (1,)))
+  return dx, jnp.tensordot(x, dy, axes=(tokens, tokens))
+
+
+_product.defvjp(_forward, _backward)
