@@ -9,8 +9,9 @@ own, and the two take turns, so that a busy neighbour hurts both; rows that are 
 core with one thread. `cores` is processor time over wall time: where it is below the cores there
 are, a neighbour had the rest.
 
-torchscale mixes 512 tokens at once (its parallel form) and longer sequences in chunks of 512, its
-defaults. Beside our row scale it divides by sums of absolute scores, which we do not need.
+Both mix 512 tokens at once (the parallel form). Longer sequences torchscale mixes in chunks of 512,
+its default, and we in chunks of 128, ours. Beside our row scale torchscale divides by sums of
+absolute scores, which we do not need.
 """
 
 import argparse
@@ -53,6 +54,7 @@ def ours(batch: int, length: int):
   from triform.arch.training.step import TrainState, make_train_step
 
   config = default_config(**measure.MODEL)
+  config.form = "parallel" if length <= 512 else "chunkwise"
   config.optimizer.update(OPTIMIZER | {"clip_norm": CLIP_NORM})
   graphdef, params, variables = split_model(build(config.model, rngs=nnx.Rngs(0)))
   update = optimizer(config.optimizer, 1000)

@@ -94,6 +94,7 @@ def test_prompts_are_read_but_not_trained_on():
 
 
 @settings(deadline=None)
+@settings(max_examples=100)  # it is all NumPy
 @given(lengths=lengths_of_documents, seq_len=seq_lens)
 def test_windows_hold_the_stream(lengths, seq_len):
   documents = make_documents(lengths)
@@ -125,6 +126,7 @@ def test_windows_go_to_other_processes():
 
 
 @settings(deadline=None)
+@settings(max_examples=100)  # it is all NumPy
 @given(
   lengths=lengths_of_documents,
   seq_len=seq_lens,

@@ -16,6 +16,7 @@ from triform.arch import build, load
 from triform.arch.data import python_stdlib
 from triform.arch.data.text import load_text
 from triform.arch.layout import split_model, to_stacked
+from triform.arch.loading import InitialParameters
 from triform.arch.training import loop
 from triform.arch.training.checkpoints import restore
 from triform.arch.training.loop import NonFiniteError, train
@@ -240,6 +241,13 @@ def test_a_run_starts_from_another_runs_parameters(corpus, tmp_path):
   other = config_of(corpus, init_from=str(tmp_path / "first"), **{"model.d_model": 32})
   with pytest.raises(ValueError, match=r"model\.d_model: 16, given 32"):
     train(other, tmp_path / "third")
+
+
+def test_parameters_without_their_tokenizer_are_refused(corpus, tmp_path, monkeypatch):
+  monkeypatch.setattr(loop, "initial_parameters", lambda *_: InitialParameters({}, None))
+  config = config_of(corpus, init_from="weights", **{"data.tokenizer": "sentencepiece"})
+  with pytest.raises(ValueError, match="weights has parameters but no tokenizer"):
+    train(config, tmp_path)
 
 
 def test_a_finished_run_is_left_alone(corpus, tmp_path, capsys):

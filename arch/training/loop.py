@@ -91,6 +91,11 @@ def _train(config: ConfigDict, workdir: Path, profile: bool) -> bool:
   else:
     initial = initial_parameters(config.init_from, config.model)
     tokenizer = initial.tokenizer
+    if tokenizer is None and config.data.tokenizer != "bytes":
+      raise ValueError(
+        f"{config.init_from} has parameters but no tokenizer, whose ids they know: expected its "
+        "tokenizer.model beside them, or data.tokenizer=bytes"
+      )
   data = load_text(config.data, config.model.vocab_size, tokenizer)
   batches = data.batches(
     seq_len=config.seq_len,
