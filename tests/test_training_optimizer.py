@@ -16,7 +16,7 @@ PARAMS = {
 
 
 def config(**changes):
-  config = default_config().optimizer
+  config = default_config(architecture="retnet").optimizer
   config.update({"learning_rate": 0.1, "warmup_steps": 0, "schedule": "linear", **changes})
   return config
 

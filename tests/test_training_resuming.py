@@ -59,6 +59,7 @@ def test_a_refused_configuration_leaves_the_folder_to_the_next(folder, tmp_path)
 
 
 def test_a_folder_in_use_is_refused(folder, tmp_path):
-  with lock(tmp_path), pytest.raises(ValueError, match="is in use by another process"):
-    train(tiny_config(folder), tmp_path)
-  assert [path.name for path in tmp_path.iterdir()] == ["lock"]
+  with lock(tmp_path):
+    with pytest.raises(ValueError, match="is in use by another process"):
+      train(tiny_config(folder), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["lock"]

@@ -43,6 +43,8 @@ ABSENT = "<absent>"
 def lock(workdir: str | os.PathLike) -> Iterator[None]:
   """Keeps `workdir`, created if need be, to this process until the block or the process ends.
 
+  A folder in which nothing was written meanwhile is removed again.
+
   Raises:
     ValueError: if another process holds it, or the folder cannot be written.
   """
@@ -60,7 +62,12 @@ def lock(workdir: str | os.PathLike) -> Iterator[None]:
         f"workdir {workdir} is in use by another process: expected that to end first, or another "
         "workdir"
       ) from error
-    yield
+    try:
+      yield
+    finally:
+      if os.listdir(path.parent) == [_LOCK]:
+        path.unlink()
+        path.parent.rmdir()
 
 
 def check(workdir: str | os.PathLike, config: ConfigDict) -> list[str]:
@@ -219,7 +226,7 @@ def _packages() -> list[str]:
   """The distributions that are installed with this one, and it."""
   requirements = importlib.metadata.requires("triform") or []
   required = [re.match(r"[\w.-]+", r)[0] for r in requirements if "extra ==" not in r]
-  return ["triform", "jaxlib", *required]
+  return ["triform", "jaxlib", *(name.replace("_", "-") for name in required)]
 
 
 def _git_state(source: Path) -> dict[str, Any] | None:
