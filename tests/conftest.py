@@ -20,6 +20,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 DRAWN = r"(-parallel|-chunkwise|-recurrent|-\(\d+, \d+\))?(-b?float\d+)?"
 LAW = re.compile(rf"test_laws.py::.*\[(.*?){DRAWN}\]$")
+SHARES_A_FIXTURE = re.compile(r"(test_sharding|test_export|test_programs)\.py::")
 COMMON = {"deadline": None, "suppress_health_check": list(HealthCheck)}
 settings.register_profile(
   "quick",
@@ -35,12 +36,12 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-  """For `-n`: the laws of a subject go to one worker, so that its programs are compiled once."""
+  """For `-n`: what shares programs or a slow fixture goes to one worker, to make it once."""
   from xdist.scheduler import LoadScopeScheduling
 
   class BySubject(LoadScopeScheduling):
     def _split_scope(self, nodeid):
-      law = LAW.search(nodeid)
-      return law[1] if law else nodeid
+      shared = LAW.search(nodeid) or SHARES_A_FIXTURE.search(nodeid)
+      return shared[1] if shared else nodeid
 
   return BySubject(config, log) if config.getvalue("dist") == "load" else None
