@@ -93,8 +93,7 @@ def test_prompts_are_read_but_not_trained_on():
     Documents(documents.tokens, documents.ends, trained[1:])
 
 
-@settings(deadline=None)
-@settings(max_examples=100)  # it is all NumPy
+@settings(deadline=None, max_examples=100)  # NumPy alone, so quick
 @given(lengths=lengths_of_documents, seq_len=seq_lens)
 def test_windows_hold_the_stream(lengths, seq_len):
   documents = make_documents(lengths)
@@ -125,8 +124,7 @@ def test_windows_go_to_other_processes():
   assert real_positions(copy[0]) == real_positions(windows[0])
 
 
-@settings(deadline=None)
-@settings(max_examples=100)  # it is all NumPy
+@settings(deadline=None, max_examples=100)  # NumPy alone, so quick
 @given(
   lengths=lengths_of_documents,
   seq_len=seq_lens,

@@ -66,8 +66,7 @@ def test_named_texts_are_lossless(tokenizer, text):
   check_lossless(tokenizer, text)
 
 
-@settings(deadline=None)
-@settings(max_examples=100)
+@settings(deadline=None, max_examples=100)  # NumPy alone, so quick
 @given(text=texts)
 def test_any_text_is_lossless(tokenizer, text):
   check_lossless(tokenizer, text)
@@ -163,8 +162,7 @@ def test_an_impossible_vocabulary_is_refused(tmp_path, size):
   assert os.listdir(tmp_path) == []
 
 
-@settings(deadline=None)
-@settings(max_examples=100)
+@settings(deadline=None, max_examples=100)  # NumPy alone, so quick
 @given(text=texts)
 def test_stream_decoder_emits_each_character_when_its_last_byte_comes(tokenizer, text):
   decoder = StreamDecoder(tokenizer)
