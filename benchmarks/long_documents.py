@@ -1,14 +1,13 @@
 """Loss by position in documents 100 times longer than training windows.
 
-    python benchmarks/long_documents.py --workdir=runs/retnet_tiny [--out=FOLDER/NAME]
+    python benchmarks/long_documents.py --workdir=runs/retnet_tiny [--json=FILE] [--picture=FILE]
 
 The held-out documents of the run's corpus, joined end to end without marks between them, are cut
 into documents of 100 training windows (what is left over is not used); of each the loss is
-measured with the state carried and with a sliding window of the training length. Writes NAME.json
-and, where matplotlib is installed, NAME.png.
+measured with the state carried and with a sliding window of the training length. The picture needs
+matplotlib (the `plot` extra).
 """
 
-import importlib.util
 import json
 import platform
 from pathlib import Path
@@ -23,9 +22,9 @@ from triform.arch.data.text import load_text
 from triform.arch.loss_by_position import draw, loss_by_position, table
 from triform.arch.training.workdir import load_config
 
-RESULT = Path(__file__).parent / "results" / "long_documents"
 WORKDIR = flags.DEFINE_string("workdir", None, "the run")
-OUT = flags.DEFINE_string("out", str(RESULT), "the result's files, without .json and .png")
+JSON = flags.DEFINE_string("json", None, "file to write the result to")
+PICTURE = flags.DEFINE_string("picture", None, "file to draw to")
 flags.mark_flag_as_required("workdir")
 
 WINDOWS = 100  # in a document
@@ -42,11 +41,12 @@ def main(_):
   documents = Documents(tokens[: count * length], length * np.arange(1, count + 1))
   result = loss_by_position(model, documents, tokenizer, window=config.seq_len, batch_size=count)
   print(table(result))
-  where = {"jax": jax.__version__, "python": platform.python_version()}
-  where["device"] = jax.devices()[0].device_kind
-  Path(f"{OUT.value}.json").write_text(json.dumps(result | where, indent=1) + "\n")
-  if importlib.util.find_spec("matplotlib"):
-    draw(result, f"{OUT.value}.png")
+  if JSON.value:
+    where = {"jax": jax.__version__, "python": platform.python_version()}
+    where["device"] = jax.devices()[0].device_kind
+    Path(JSON.value).write_text(json.dumps(result | where, indent=1) + "\n")
+  if PICTURE.value:
+    draw(result, PICTURE.value)
 
 
 if __name__ == "__main__":
