@@ -44,7 +44,8 @@ def main(_):
   if JSON.value:
     where = {"jax": jax.__version__, "python": platform.python_version()}
     where["device"] = jax.devices()[0].device_kind
-    Path(JSON.value).write_text(json.dumps(result | where, indent=1) + "\n")
+    rows = [row | where for row in result["positions"]]
+    Path(JSON.value).write_text(json.dumps({**result, "rows": rows}, indent=1) + "\n")
   if PICTURE.value:
     draw(result, PICTURE.value)
 
