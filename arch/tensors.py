@@ -114,7 +114,8 @@ def _shards(tensors: Mapping[str, Any]) -> Iterator[list[str]]:
 def _open_file(path: Path) -> dict[str, Tensor]:
   try:
     file = safe_open(path, framework="numpy")
-    return {name: _tensor(file, name, path) for name in file.keys()}  # noqa: SIM118
+    names = file.keys()
+    return {name: _tensor(file, name, path) for name in names}
   except (SafetensorError, OSError) as error:
     raise ValueError(f"{path} cannot be read as safetensors: {error}") from error
 

@@ -10,7 +10,7 @@ from laws_bench import BATCH, LENGTH, SIMPLEST, SUBJECTS, Case, bench
 
 from triform.arch.interface import FORMS
 
-SHAPES = ((1, 1), (2, 12))  # one token, three whole chunks: for law 1
+SHAPES = ((1, 1), (3, 4), (1, 13))  # one token, one chunk, three and a bit: for law 1
 PIECES = (1, 5)  # a decoding step, and a ragged piece; each a compiled program per form
 
 

@@ -4,7 +4,7 @@ import functools
 
 import numpy as np
 from flax import nnx
-from laws_bench import distinct_ids, register, vectors
+from laws_bench import SUBJECTS, distinct_ids, register, vectors
 from toy import ToyBlock
 
 from triform.arch import Block, Retention, RetentionState, RetNet, Stack
@@ -12,6 +12,8 @@ from triform.arch.layers.feed_forward import GatedFeedForward
 from triform.arch.mixers.retention import log_decays, rotary_angles
 from triform.kernels import rotary_steps
 from triform.kernels.retention import reference
+
+__all__ = ["SUBJECTS", "D"]  # all registered, for who takes them from here
 
 D, VOCAB = 8, 32
 
@@ -107,12 +109,7 @@ register("stack-scanned", stack(True, retention()), vectors(D))
 register("stack-unrolled", stack(False, retention()), vectors(D))
 register("toy", functools.partial(ToyBlock, D), vectors(D), trains=True)
 register("toy-scanned", stack(True, functools.partial(ToyBlock, D)), vectors(D), trains=True)
-register(
-  "retnet-torchscale",
-  language_model(scan_layers=False, num_layers=1),  # two are compiled twice, in stack-unrolled
-  distinct_ids(VOCAB),
-  table=table,
-)
+register("retnet-torchscale", language_model(scan_layers=False), distinct_ids(VOCAB), table=table)
 register(
   "retnet-fla", language_model(dialect="fla", scan_layers=True), distinct_ids(VOCAB), table=table
 )

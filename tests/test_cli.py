@@ -6,21 +6,14 @@ import sys
 import pytest
 from absl import flags
 from ml_collections import config_flags
+from tiny_run import MODEL
 
 from triform.arch import cli
 from triform.arch.training.config import default_config
 
 
 def make_config():
-  return default_config(
-    architecture="retnet",
-    vocab_size=9,
-    d_model=8,
-    num_layers=1,
-    num_heads=1,
-    value_dim=8,
-    ffn_dim=8,
-  )
+  return default_config(**MODEL)
 
 
 @pytest.mark.parametrize(

@@ -1,20 +1,11 @@
 import pytest
+from tiny_run import MODEL
 
 from triform.arch.closest import closest
 from triform.arch.training.config import default_config
 from triform.arch.training.config_json import flatten
 
-KNOWN = flatten(
-  default_config(
-    architecture="retnet",
-    vocab_size=9,
-    d_model=8,
-    num_layers=1,
-    num_heads=1,
-    value_dim=8,
-    ffn_dim=8,
-  )
-)
+KNOWN = flatten(default_config(**MODEL))
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,6 @@
 """From runs to exported folders, and where these may be written."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -13,6 +12,7 @@ import pytest
 from exported import IDS, MEAN, QUERY, finished_run, leaves_of, random_folder, same
 from flax import nnx
 from ml_collections import ConfigDict
+from tiny_run import run_program
 from toy import ToyBlock
 
 from triform.arch import build, folder, load
@@ -183,27 +183,17 @@ exported.random_folder(sys.argv[1])
     load(tmp_path / "m")
 
 
-def program(*arguments, cwd):
-  return subprocess.run(
-    [sys.executable, *arguments],
-    cwd=cwd,
-    capture_output=True,
-    text=True,
-    timeout=300,
-    env={**os.environ, "TRIFORM_DATA": str(cwd / "data")},
-  )
-
-
 def test_export_and_eval_programs(run):
   here = run.parents[1]
-  done = program("-m", "triform.arch.export", "--workdir=runs/tiny", "--to=out/model", cwd=here)
+  export = ["-m", "triform.arch.export", "--workdir=runs/tiny", "--to=out/model"]
+  done = run_program(here, *export)
   assert done.returncode == 0, done.stderr
   assert done.stdout == "out/model holds the model of runs/tiny after step 12\n"
   results = []
   for workdir in ("runs/tiny", "out/model"):
-    done = program(
-      str(ROOT / "eval.py"), f"--workdir={workdir}", "--text=stdlib", "--json=out.json",
-      "--config.eval.max_tokens=64", cwd=here,
+    done = run_program(
+      here, str(ROOT / "eval.py"), f"--workdir={workdir}", "--text=stdlib", "--json=out.json",
+      "--config.eval.max_tokens=64",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     results.append(json.loads((here / "out.json").read_text()))
@@ -215,6 +205,6 @@ def test_export_and_eval_programs(run):
     ),
     (("-m", "triform.arch.export", "--workdir=runs/no", "--to=x"), "runs/no/config.json not found"),
   ):
-    done = program(*arguments, cwd=here)
+    done = run_program(here, *arguments)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert done.stderr.count("\n") == 1 and message in done.stderr

@@ -7,7 +7,6 @@ Each names its configuration in `meta`, and its parameters as the source's state
 """
 
 import json
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +15,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from published import DATA, LAYOUTS
 
 from triform.arch.interface import FORMS, Scanned
 from triform.arch.interop import (
@@ -26,9 +26,6 @@ from triform.arch.interop import (
 )
 from triform.arch.layout import split_model
 from triform.kernels.retention import reference
-
-DATA = Path(__file__).parent / "data"
-LAYOUTS = pytest.mark.parametrize("scan_layers", [False, True], ids=["unrolled", "scanned"])
 
 
 def load(name):

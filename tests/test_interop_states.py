@@ -5,12 +5,12 @@ first test of each holds to the numbers that the library itself computed (`data/
 """
 
 import json
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 from flax import nnx
+from published import DATA, LAYOUTS
 
 from triform.arch import RetNet
 from triform.arch.interop import (
@@ -22,8 +22,6 @@ from triform.arch.interop import (
   state_to_torchscale,
 )
 
-DATA = Path(__file__).parent / "data"
-LAYOUTS = pytest.mark.parametrize("scan_layers", [False, True], ids=["unrolled", "scanned"])
 CUTS = pytest.mark.parametrize("cut", [1, 7])
 
 
@@ -35,8 +33,8 @@ def silu(x):
   return x / (1 + np.exp(-x))
 
 
-class Torchscale:
-  """torchscale's `RetNetDecoder`, one token at a time, with its `incremental_state`."""
+class Restatement:
+  """A model that takes one token at a time by its `step(ids, cache, n)`, which writes its cache."""
 
   def __init__(self, config, params):
     self.config = config
@@ -46,6 +44,10 @@ class Torchscale:
     cache = {} if cache is None else {i: dict(layer) for i, layer in cache.items()}
     logits = [self.step(ids[:, n], cache, length + n) for n in range(ids.shape[1])]
     return np.stack(logits, axis=1), cache, length + ids.shape[1]
+
+
+class Torchscale(Restatement):
+  """torchscale's `RetNetDecoder` with its `incremental_state`."""
 
   def step(self, ids, cache, n):
     p, c, eps = self.params, self.config, self.config["layernorm_eps"]
@@ -86,17 +88,8 @@ class Torchscale:
     return x * np.cos(angle) + turned * np.sin(angle)
 
 
-class Fla:
-  """fla's `RetNetForCausalLM`, one token at a time, with its `recurrent_state` per layer."""
-
-  def __init__(self, config, params):
-    self.config = config
-    self.params = {name: np.asarray(array, np.float64) for name, array in params.items()}
-
-  def __call__(self, ids, cache=None, length=0):
-    cache = {} if cache is None else {i: dict(layer) for i, layer in cache.items()}
-    logits = [self.step(ids[:, n], cache, length + n) for n in range(ids.shape[1])]
-    return np.stack(logits, axis=1), cache, length + ids.shape[1]
+class Fla(Restatement):
+  """fla's `RetNetForCausalLM` with its `recurrent_state` per layer."""
 
   def step(self, ids, cache, n):
     p, c, eps = self.params, self.config, self.config["norm_eps"]

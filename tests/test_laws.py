@@ -3,11 +3,11 @@
 import hypothesis.strategies as st
 import jax
 import laws
-import laws_subjects  # noqa: F401  imported for its `register` calls
 import pytest
 from hypothesis import given
-from laws_bench import BATCH, LENGTH, SUBJECTS, bench
+from laws_bench import BATCH, LENGTH, bench
 from laws_cases import PIECES, SHAPES, cases, forms, splits
+from laws_subjects import SUBJECTS
 
 from triform.arch.interface import FORMS
 

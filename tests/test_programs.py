@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny_run import tiny_config, use_corpus, write_corpus
+from tiny_run import run_program, tiny_config, use_corpus, write_corpus
 
 from triform.arch import load
 from triform.arch.data import python_stdlib
@@ -54,17 +54,8 @@ def folder(tmp_path_factory):
   return folder
 
 
-def run(folder, *arguments, **options):
-  program, *rest = arguments
-  return subprocess.run(
-    [sys.executable, str(ROOT / program), *rest],
-    cwd=folder,
-    capture_output=True,
-    text=True,
-    timeout=300,
-    env={**os.environ, "TRIFORM_DATA": str(folder / "data")},
-    **options,
-  )
+def run(folder, program, *arguments, **options):
+  return run_program(folder, str(ROOT / program), *arguments, **options)
 
 
 def test_the_three_forms_agree_on_a_trained_model(folder):
@@ -220,12 +211,6 @@ def test_readme_programs(folder):
   commands = [line for line in lines if "eval.py" in line or "-m triform" in line]
   assert len(commands) == 6
   for command in commands:
-    done = subprocess.run(
-      [sys.executable, *shlex.split(command.replace("eval.py", str(ROOT / "eval.py")))[1:]],
-      cwd=folder,
-      capture_output=True,
-      text=True,
-      timeout=300,
-      env={**os.environ, "TRIFORM_DATA": str(folder / "data")},
-    )
+    _, *arguments = shlex.split(command.replace("eval.py", str(ROOT / "eval.py")))
+    done = run_program(folder, *arguments)
     assert done.returncode == 0, done.stderr

@@ -1,6 +1,8 @@
 """A run small enough for tests, on a corpus of its own; as a script, one that can be killed."""
 
+import os
 import random
+import subprocess
 import sys
 from pathlib import Path
 
@@ -9,6 +11,19 @@ import jax
 from triform.arch.data import python_stdlib
 from triform.arch.training.config import default_config
 from triform.arch.training.loop import train
+
+MODEL = {
+  "architecture": "retnet",
+  "vocab_size": 257,
+  "d_model": 16,
+  "num_layers": 2,
+  "num_heads": 2,
+  "value_dim": 32,
+  "ffn_dim": 16,
+  "chunk_size": 8,
+  "dropout": 0.1,
+  "scan_layers": False,
+}
 
 
 def write_corpus(root: Path) -> None:
@@ -29,18 +44,7 @@ def use_corpus(root: Path) -> None:
 
 def tiny_config(folder: Path | None, **changes):
   """Changes are dotted, `{"eval.max_tokens": 64}`; `folder` takes prepared data."""
-  config = default_config(
-    architecture="retnet",
-    vocab_size=257,
-    d_model=16,
-    num_layers=2,
-    num_heads=2,
-    value_dim=32,
-    ffn_dim=16,
-    chunk_size=8,
-    dropout=0.1,
-    scan_layers=False,
-  )
+  config = default_config(**MODEL)
   config.update_from_flattened_dict(
     {
       "data.tokenizer": "bytes",
@@ -61,6 +65,19 @@ def tiny_config(folder: Path | None, **changes):
     }
   )
   return config
+
+
+def run_program(folder: Path, *arguments: str, **options) -> subprocess.CompletedProcess:
+  """`python ARGUMENTS` in `folder`, with what is prepared kept there."""
+  return subprocess.run(
+    [sys.executable, *arguments],
+    cwd=folder,
+    capture_output=True,
+    text=True,
+    timeout=300,
+    env={**os.environ, "TRIFORM_DATA": str(folder / "data")},
+    **options,
+  )
 
 
 if __name__ == "__main__":

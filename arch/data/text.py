@@ -31,28 +31,14 @@ class TextData:
   weights: tuple[float, ...]  # of the sources, as shares of the tokens
   validation: Documents
 
-  def batches(
-    self,
-    *,
-    seq_len: int,
-    batch_size: int,
-    seed: int,
-    host: int = 0,
-    num_hosts: int = 1,
-    workers: int = 0,
-  ) -> TrainBatches:
-    """The training batches, see `TrainBatches`."""
+  def batches(self, **options: Any) -> TrainBatches:
+    """The training batches; `options` are those of `TrainBatches` that are not the corpus's."""
     return TrainBatches(
       self.train,
       weights=self.weights,
       bos_id=self.tokenizer.bos_id,
       eos_id=self.tokenizer.eos_id,
-      seq_len=seq_len,
-      batch_size=batch_size,
-      seed=seed,
-      host=host,
-      num_hosts=num_hosts,
-      workers=workers,
+      **options,
     )
 
 

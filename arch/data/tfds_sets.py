@@ -197,6 +197,8 @@ def explained(what: str, *passed: type[Exception]) -> Iterator[None]:
       f"{what}: TFDS needs {needed} to prepare it; install that, or prepare it elsewhere with "
       "`tfds build --file_format=array_record` and set TFDS_DATA_DIR"
     ) from error
+  # A data set's builder is anybody's code, and runs here: there is no list of what it raises. The
+  # error goes on, with its own text and as the cause.
   except Exception as error:
     network = any(
       word in type(error).__name__ for word in ("Connection", "Timeout", "Download", "URLError")

@@ -21,8 +21,12 @@ def read_tokenizer(folder: Path, vocab_size: int) -> SentencePieceTokenizer | No
   if not path.exists():
     return None
   try:
-    from sentencepiece import sentencepiece_model_pb2  # whose protobuf sentencepiece leaves to us
-  except Exception as error:  # an old protobuf raises one of its own
+    # sentencepiece leaves it to us to bring the protobuf that its description of a model needs.
+    from google.protobuf import message, runtime_version
+    from sentencepiece import sentencepiece_model_pb2
+  except (ImportError, TypeError) as error:
+    raise ValueError(f"{path} needs protobuf, pip install 'triform[hub]': {error}") from error
+  except runtime_version.VersionError as error:
     raise ValueError(
       f"{path} needs a newer protobuf, pip install 'triform[hub]': {error}"
     ) from error
@@ -31,7 +35,7 @@ def read_tokenizer(folder: Path, vocab_size: int) -> SentencePieceTokenizer | No
     model.ParseFromString(path.read_bytes())
     model.normalizer_spec.add_dummy_prefix = False
     tokenizer = SentencePieceTokenizer(model.SerializeToString())
-  except Exception as error:  # protobuf and sentencepiece have no common one
+  except (message.DecodeError, RuntimeError) as error:
     raise ValueError(f"{path} is no sentencepiece model: {error}") from error
   problems = {
     "normalises": bool(model.normalizer_spec.precompiled_charsmap),
