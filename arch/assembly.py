@@ -57,7 +57,6 @@ def fill(config: Mapping[str, Any], leaves: Mapping[str, Any]) -> SequenceModule
   abstract = nnx.eval_shape(lambda: build(config, rngs=nnx.Rngs(0)))
   graphdef, params, variables = split_model(abstract)
   like = {"params": params, "variables": variables}
-
   filled = {}
   for name, leaf in by_stacked_name(like).items():
     value = np.asarray(leaves[name])

@@ -29,12 +29,16 @@ def evaluate(
   """Cross entropy over `documents` (their first `max_tokens` tokens), every token counted once.
 
   The text is cut into `batch_size` rows, each read in pieces of `seq_len` tokens from the state
-  the piece before left, so a document is seen from its beginning however long it is. Tokens that
-  are only to be read (`Documents.trained`) do not count.
+  the piece before left, so a document is seen from its beginning however long it is, but for the
+  one that each row after the first may begin in. Tokens that are only to be read
+  (`Documents.trained`) do not count.
 
   Returns:
     `loss` in nats per token, `perplexity = exp(loss)`, `bits_per_byte`, which compares models
     of different tokenizers, and the number of `tokens` and `bytes`.
+
+  Raises:
+    ValueError: if there is no token that counts.
   """
   total, tokens, text_bytes = 0.0, 0, 0
   batches = carried_batches(
@@ -49,10 +53,12 @@ def evaluate(
     total += float(np.sum(losses, dtype=np.float64))
     tokens += int(batch["loss_mask"].sum())
     text_bytes += int(tokenizer.token_bytes[batch["targets"]][batch["loss_mask"]].sum())
+  if not tokens:
+    raise ValueError("there is no token to evaluate on: no documents, or all are only to be read")
   loss = total / tokens
   return {
     "loss": loss,
-    "perplexity": math.exp(loss),
+    "perplexity": math.exp(loss) if loss < 700 else math.inf,  # where a float ends
     "bits_per_byte": bits_per_byte(total, text_bytes),
     "tokens": tokens,
     "bytes": text_bytes,

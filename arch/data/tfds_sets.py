@@ -1,7 +1,6 @@
 """Text data sets of TensorFlow Datasets, read and prepared without TensorFlow."""
 
 import contextlib
-import difflib
 import importlib.util
 import io
 import logging
@@ -15,6 +14,7 @@ import tensorflow_datasets as tfds
 from tensorflow_datasets.core import naming
 from tensorflow_datasets.core.download import downloader
 
+from ..closest import closest
 from .documents import Piece, Source, choose_fields, one_line, record_key, record_pieces
 from .files import content_hash
 from .python_stdlib import PythonStdlib
@@ -168,8 +168,9 @@ def _check_known(name: str, folder: Path) -> None:
   if base in known:
     return
   known.update(path.name for path in folder.glob("[!.]*") if path.is_dir())
-  closest = difflib.get_close_matches(base, sorted(known), n=1, cutoff=0)
-  raise ValueError(f"there is no TFDS set {base!r}; the closest is {closest[0]!r}")
+  guess = closest(base, sorted(known))
+  hint = f"; the closest is {guess!r}" if guess else ", and none with a name like it"
+  raise ValueError(f"there is no TFDS set {base!r}{hint}")
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """What a run computes, before anything is computed: shapes, places and the compiled step."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -46,14 +47,12 @@ class Program:
     Args:
       leaves: parameters and variables to start from instead of random ones, as in `stacked`.
     """
-    begin = jax.jit(
-      lambda *made: self._begin(*made) if made else self._begin(*self._make()),
-      out_shardings=_shardings(self.abstract),
-    )
+    placed = functools.partial(jax.jit, out_shardings=_shardings(self.abstract))
     if leaves is None:
-      return begin()
+      return placed(lambda: self._begin(*self._make()))()
     like = {"params": self.abstract.params, "variables": self.abstract.variables}
-    return begin(*jax.device_put(from_stacked(leaves, like), _shardings(like)).values())
+    made = jax.device_put(from_stacked(leaves, like), _shardings(like))
+    return placed(self._begin)(made["params"], made["variables"])
 
   def from_stacked(self, leaves: dict[str, jax.Array]) -> TrainState:
     """The state that a checkpoint holds."""
