@@ -241,7 +241,6 @@ def test_table():
 
 
 def test_picture(tmp_path):
-  pytest.importorskip("matplotlib")
   draw(RESULT, tmp_path / "picture.png")
   assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
 
