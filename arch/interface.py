@@ -34,6 +34,7 @@ __all__ = [
   "SequenceModule",
   "State",
   "check_call",
+  "copy_traits",
   "put_rows",
   "state_bytes",
   "state_dtype",
@@ -54,6 +55,7 @@ class SequenceModule(nnx.Module):
 
   causal: bool = True
   state_is_constant: bool = True
+  max_len: int | None = None  # tokens of a document that a state has room for; None: any number
 
   def init_state(self, batch_size: int, *, max_len: int | None = None) -> State:
     """The state before the first token. `max_len` sizes a cache, where there is one."""
@@ -87,6 +89,13 @@ class SequenceModule(nnx.Module):
       The outputs, and the state after the last token: same structure, shapes and dtypes.
     """
     raise NotImplementedError
+
+
+def copy_traits(module: SequenceModule, *parts: SequenceModule) -> None:
+  """Gives a module what can be said of all its parts."""
+  module.causal = all(part.causal for part in parts)
+  module.state_is_constant = all(part.state_is_constant for part in parts)
+  module.max_len = min((part.max_len for part in parts if part.max_len is not None), default=None)
 
 
 def check_call(x: jax.Array, form: str, reset: Any, mask: Any) -> None:

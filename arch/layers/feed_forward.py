@@ -10,11 +10,82 @@ from flax.nnx.nn.initializers import Initializer
 
 from .linear import Linear
 
+
+@jax.custom_vjp
+def squared_relu(x: jax.Array) -> jax.Array:
+  """`max(x, 0)^2` (Primer, arXiv 2109.08668). Differentiable in reverse mode only."""
+  return jnp.square(jnp.maximum(x, 0))
+
+
+def _forward(x):
+  positive = jnp.maximum(x, 0)
+  return jnp.square(positive), positive
+
+
+squared_relu.defvjp(_forward, lambda positive, dy: (2 * positive * dy,))
+
+
+@jax.custom_vjp
+def squared_relu_product(x: jax.Array, kernel: jax.Array) -> jax.Array:
+  """`squared_relu(x) kernel`, for whose gradient `max(x, 0)` alone is kept of the wide values."""
+  return jnp.tensordot(squared_relu(x), kernel, axes=1)
+
+
+def _product_forward(x, kernel):
+  positive = jnp.maximum(x, 0)
+  return jnp.tensordot(jnp.square(positive), kernel, axes=1), (positive, kernel)
+
+
+def _product_backward(residuals, dy):
+  positive, kernel = residuals
+  tokens = tuple(range(dy.ndim - 1))
+  dx = 2 * positive * jnp.tensordot(dy, kernel, axes=((dy.ndim - 1,), (1,)))
+  return dx, jnp.tensordot(jnp.square(positive), dy, axes=(tokens, tokens))
+
+
+squared_relu_product.defvjp(_product_forward, _product_backward)
+
 ACTIVATIONS = {
   "gelu": functools.partial(jax.nn.gelu, approximate=False),
   "relu": jax.nn.relu,
   "silu": jax.nn.silu,
+  "squared_relu": squared_relu,
 }
+
+
+class FeedForward(nnx.Module):
+  """`W_out act(W_in x + b_in) + b_out`."""
+
+  def __init__(
+    self,
+    d_model: int,
+    hidden: int,
+    *,
+    activation: str = "relu",
+    use_bias: bool = True,
+    kernel_init: Initializer | None = None,
+    dtype: Any = None,
+    param_dtype: Any = jnp.float32,
+    rngs: nnx.Rngs,
+  ):
+    _check_activation(activation)
+    linear = functools.partial(
+      Linear,
+      use_bias=use_bias,
+      kernel_init=kernel_init or nnx.initializers.lecun_normal(),
+      dtype=dtype,
+      param_dtype=param_dtype,
+      rngs=rngs,
+    )
+    self.activation = activation
+    self.input = linear(d_model, hidden)
+    self.output = linear(hidden, d_model)
+
+  def __call__(self, x: jax.Array) -> jax.Array:  # [b, t, d] -> [b, t, d]
+    hidden = self.input(x)
+    if self.activation == "squared_relu":
+      return self.output(hidden, squared_relu_product)
+    return self.output(ACTIVATIONS[self.activation](hidden))
 
 
 class GatedFeedForward(nnx.Module):
@@ -31,8 +102,7 @@ class GatedFeedForward(nnx.Module):
     param_dtype: Any = jnp.float32,
     rngs: nnx.Rngs,
   ):
-    if activation not in ACTIVATIONS:
-      raise ValueError(f"activation is {activation!r}, expected one of {', '.join(ACTIVATIONS)}")
+    _check_activation(activation)
     linear = functools.partial(
       Linear,
       kernel_init=kernel_init or nnx.initializers.lecun_normal(),
@@ -47,3 +117,8 @@ class GatedFeedForward(nnx.Module):
 
   def __call__(self, x: jax.Array) -> jax.Array:  # [b, t, d] -> [b, t, d]
     return self.output(ACTIVATIONS[self.activation](self.input(x)) * self.gate(x))
+
+
+def _check_activation(name: str) -> None:
+  if name not in ACTIVATIONS:
+    raise ValueError(f"activation is {name!r}, expected one of {', '.join(ACTIVATIONS)}")

@@ -1,0 +1,42 @@
+"""Depthwise convolution over time as a layer."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from triform import kernels
+
+
+class DepthwiseConv(nnx.Module):
+  """Every channel's own weights of a token and the ones before it in the document.
+
+  They start as one half for the token and equal shares of another half for the rest (Primer,
+  arXiv 2109.08668). What it carries between calls is the last inputs, `[b, num_taps - 1, d]`.
+  """
+
+  def __init__(
+    self,
+    features: int,
+    num_taps: int = 3,
+    *,
+    dtype: Any = None,
+    param_dtype: Any = jnp.float32,
+  ):
+    if num_taps < 1:
+      raise ValueError(f"num_taps is {num_taps}, expected at least 1")
+    self.dtype = jnp.dtype(param_dtype if dtype is None else dtype)
+    past = num_taps - 1
+    start = [0.5, *[0.5 / past] * past] if past else [1.0]
+    column = jnp.asarray(start, param_dtype)[:, None]
+    self.taps = nnx.Param(jnp.broadcast_to(column, (num_taps, features)))
+
+  def init_tail(self, batch_size: int) -> jax.Array:
+    num_taps, features = self.taps.shape
+    return jnp.zeros((batch_size, num_taps - 1, features), self.dtype)
+
+  def __call__(self, x, tail=None, *, reset=None, mask=None):  # [b, t, d] -> [b, t, d], the tail
+    return kernels.causal_depthwise_conv(
+      x, self.taps[...].astype(self.dtype), tail=tail, reset=reset, mask=mask
+    )

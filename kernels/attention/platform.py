@@ -1,0 +1,63 @@
+"""Attention of some queries to some keys, by the best that JAX has on each platform."""
+
+import jax
+import jax.numpy as jnp
+
+from . import tpu
+
+
+def attend(
+  q: jax.Array,  # [b, t, h, k]
+  k: jax.Array,  # [b, s, g, k]
+  v: jax.Array,  # [b, s, g, k]
+  visible: jax.Array,  # bool[b, t, s]
+  bias: jax.Array | None,  # [b, h, t, s]
+  scale: float,
+) -> jax.Array:  # [b, t, h, k]
+  """`softmax(scale q k^T + bias) v` over the visible keys; a query that sees none gets a mean."""
+  visible = visible[:, None]
+  if q.dtype == jnp.float64:
+    return _in_float64(q, k, v, visible, bias, scale)
+  return jax.nn.dot_product_attention(q, k, v, bias, visible, scale=scale)
+
+
+def attend_causally(
+  q: jax.Array,  # [b, t, h, k]
+  k: jax.Array,  # [b, t, g, k]
+  v: jax.Array,  # [b, t, g, k]
+  segments: jax.Array | None,  # int32[b, t], tokens see their own segment
+  *,
+  window: int | None,
+  scale: float,
+) -> jax.Array:  # [b, t, h, k]
+  """Causal self-attention; by index, not by position, so a segment must have no holes."""
+
+  def anywhere(q, k, v, segments):
+    t = q.shape[1]
+    distance = jnp.arange(t)[:, None] - jnp.arange(t)[None]
+    visible = (distance >= 0)[None]
+    if window is not None:
+      visible &= (distance < window)[None]
+    if segments is not None:
+      visible &= segments[:, :, None] == segments[:, None]
+    return attend(q, k, v, visible, None, scale)
+
+  if not tpu.supports(q, k):
+    return anywhere(q, k, v, segments)
+
+  def on_tpu(q, k, v, segments):
+    return tpu.attention(q, k, v, segments, window=window, scale=scale)
+
+  return jax.lax.platform_dependent(q, k, v, segments, tpu=on_tpu, default=anywhere)
+
+
+def _in_float64(q, k, v, visible, bias, scale):
+  """`jax.nn.dot_product_attention` would take the softmax in float32."""
+  b, t, h, size = q.shape
+  g = k.shape[2]
+  scores = jnp.einsum("btgrk,bsgk->bgrts", q.reshape(b, t, g, h // g, size), k) * scale
+  scores = scores.reshape(b, h, t, -1)
+  scores = scores if bias is None else scores + bias
+  weights = jax.nn.softmax(jnp.where(visible, scores, -0.7 * jnp.finfo(scores.dtype).max), axis=-1)
+  out = jnp.einsum("bgrts,bsgk->btgrk", weights.reshape(b, g, h // g, t, -1), v)
+  return out.reshape(b, t, h, size)
