@@ -15,7 +15,9 @@ from .loading import load
 from .mixers.attention import Attention, MultiDConvHeadAttention
 from .mixers.retention import Retention, RetentionState
 from .models import build
+from .models.hybrid import Hybrid
 from .models.language_model import LanguageModel
+from .models.primer import Primer
 from .models.retnet import RetNet
 from .models.stack import Block, PatternStack, Stack
 from .models.transformer import Transformer, TransformerPlusPlus
@@ -24,9 +26,11 @@ __all__ = [
   "FORMS",
   "Attention",
   "Block",
+  "Hybrid",
   "LanguageModel",
   "MultiDConvHeadAttention",
   "PatternStack",
+  "Primer",
   "RetNet",
   "Retention",
   "RetentionState",

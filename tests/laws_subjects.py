@@ -10,7 +10,9 @@ from toy import ToyBlock
 from triform.arch import (
   Attention,
   Block,
+  Hybrid,
   MultiDConvHeadAttention,
+  Primer,
   Retention,
   RetentionState,
   RetNet,
@@ -150,6 +152,23 @@ register(
 register(
   "transformer++",
   transformer(TransformerPlusPlus, window=5, num_kv_heads=1, scan_layers=False),
+  distinct_ids(VOCAB),
+  table=table,
+)
+register(
+  "primer",
+  transformer(Primer, max_len=32, tie_embeddings=False, scan_layers=True),
+  distinct_ids(VOCAB),
+  table=table,
+)
+register(
+  "hybrid-scanned",
+  transformer(
+    Hybrid,
+    pattern="retention, attention(window=3)",
+    num_layers=3,
+    scan_layers=True,
+  ),
   distinct_ids(VOCAB),
   table=table,
 )

@@ -12,8 +12,8 @@ from triform import kernels
 class DepthwiseConv(nnx.Module):
   """Every channel's own weights of a token and the ones before it in the document.
 
-  They start as one half for the token and equal shares of another half for the rest (Primer,
-  arXiv 2109.08668). What it carries between calls is the last inputs, `[b, num_taps - 1, d]`.
+  They start as 0.5 for the token and `0.5 / num_taps` for the others, as in Primer (arXiv
+  2109.08668). What it carries between calls is the last inputs, `[b, num_taps - 1, d]`.
   """
 
   def __init__(
@@ -27,8 +27,7 @@ class DepthwiseConv(nnx.Module):
     if num_taps < 1:
       raise ValueError(f"num_taps is {num_taps}, expected at least 1")
     self.dtype = jnp.dtype(param_dtype if dtype is None else dtype)
-    past = num_taps - 1
-    start = [0.5, *[0.5 / past] * past] if past else [1.0]
+    start = [0.5, *[0.5 / num_taps] * (num_taps - 1)]
     column = jnp.asarray(start, param_dtype)[:, None]
     self.taps = nnx.Param(jnp.broadcast_to(column, (num_taps, features)))
 

@@ -22,11 +22,9 @@ DEFAULT_MAX_LEN = 2048
 class RelativeBias(nnx.Module):
   """T5's relative position bias: what a head adds to the scores of every bucket of distances."""
 
-  def __init__(
-    self, num_heads: int, *, bias_init: Any, param_dtype: Any = jnp.float32, rngs: nnx.Rngs
-  ):
-    shape = (num_heads, NUM_BUCKETS)
-    self.relative_bias = nnx.Param(bias_init(rngs.params(), shape, param_dtype))
+  def __init__(self, num_heads: int, d_model: int, param_dtype: Any, *, rngs: nnx.Rngs):
+    init = nnx.initializers.normal(d_model**-0.5)
+    self.relative_bias = nnx.Param(init(rngs.params(), (num_heads, NUM_BUCKETS), param_dtype))
 
   def __call__(self) -> jax.Array:  # [h, distances]
     buckets = kernels.relative_buckets(NUM_BUCKETS, MAX_DISTANCE)
@@ -52,8 +50,7 @@ class Attention(SequenceModule):
     window: tokens that a query sees, itself included; all of the document by default.
     max_len: rows of the cache, unless `init_state` is told otherwise.
     scale: of the scores; `key_size ** -0.5` by default.
-    query_init, kernel_init, output_init: initialisers of the projections, the second also of the
-      others by default.
+    query_init, key_init: initialisers of these projections; variance 1 / width by default.
     chunk_size: queries in a chunk of the chunkwise form.
     dtype: of the computation; `None` is `param_dtype`. Scores and softmax are in at least float32.
   """
@@ -72,8 +69,7 @@ class Attention(SequenceModule):
     max_len: int = DEFAULT_MAX_LEN,
     scale: float | None = None,
     query_init: Any = None,
-    kernel_init: Any = None,
-    output_init: Any = None,
+    key_init: Any = None,
     chunk_size: int = 128,
     dtype: Any = None,
     param_dtype: Any = jnp.float32,
@@ -100,16 +96,14 @@ class Attention(SequenceModule):
     self.scale, self.chunk_size = key_size**-0.5 if scale is None else scale, chunk_size
     self.dtype = jnp.dtype(param_dtype if dtype is None else dtype)
 
-    kernel_init = kernel_init or nnx.initializers.lecun_normal()
+    init = nnx.initializers.lecun_normal()
     linear = functools.partial(Linear, dtype=self.dtype, param_dtype=param_dtype, rngs=rngs)
-    self._make_query(linear, d_model, query_init or kernel_init)
-    self.key = linear(d_model, num_kv_heads * key_size, kernel_init=kernel_init)
-    self.value = linear(d_model, num_kv_heads * key_size, kernel_init=kernel_init)
-    self.output = linear(num_heads * key_size, d_model, kernel_init=output_init or kernel_init)
-    self.bias = None
-    if position == "relative" and not shared_bias:
-      init = nnx.initializers.normal(d_model**-0.5)
-      self.bias = RelativeBias(num_heads, bias_init=init, param_dtype=param_dtype, rngs=rngs)
+    self._make_query(linear, d_model, query_init or init)
+    self.key = linear(d_model, num_kv_heads * key_size, kernel_init=key_init or init)
+    self.value = linear(d_model, num_kv_heads * key_size, kernel_init=init)
+    self.output = linear(num_heads * key_size, d_model, kernel_init=init)
+    own = position == "relative" and not shared_bias
+    self.bias = RelativeBias(num_heads, d_model, param_dtype, rngs=rngs) if own else None
 
   def _make_query(self, linear, d_model, init):
     self.query = linear(d_model, self.num_heads * self.key_size, kernel_init=init)
@@ -181,7 +175,7 @@ class MultiDConvHeadAttention(Attention):
   def __init__(
     self, d_model: int, *, num_taps: int = 3, shared_qk: bool = False, rngs: nnx.Rngs, **options
   ):
-    self.shared_qk = shared_qk
+    self.num_taps, self.shared_qk = num_taps, shared_qk
     super().__init__(d_model, rngs=rngs, **options)
     dtypes = {"dtype": self.dtype, "param_dtype": self.key.param_dtype}
     kv_width = self.num_kv_heads * self.key_size
@@ -191,11 +185,8 @@ class MultiDConvHeadAttention(Attention):
     self.value_conv = DepthwiseConv(kv_width, num_taps, **dtypes)
 
   def _make_query(self, linear, d_model, init):
-    if not self.shared_qk:
-      return super()._make_query(linear, d_model, init)
-    width = self.num_kv_heads * self.key_size
-    self.query = linear(width, self.num_heads * self.key_size)
-    return None
+    width = self.num_kv_heads * self.key_size if self.shared_qk else d_model
+    self.query = linear(width, self.num_heads * self.key_size, kernel_init=init)
 
   def _convs(self):
     names = ("key", "value") if self.shared_qk else ("query", "key", "value")

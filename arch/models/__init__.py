@@ -11,10 +11,14 @@ from ml_collections.config_dict import placeholder
 
 from ..closest import closest
 from ..interface import SequenceModule
+from .hybrid import Hybrid
+from .primer import Primer
 from .retnet import RetNet
 from .transformer import Transformer, TransformerPlusPlus
 
 ARCHITECTURES = {
+  "hybrid": Hybrid,
+  "primer": Primer,
   "retnet": RetNet,
   "transformer": Transformer,
   "transformer++": TransformerPlusPlus,

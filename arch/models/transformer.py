@@ -170,5 +170,4 @@ def make_relative_bias(
   """The table that all layers of a model share, if its positions are relative."""
   if position != "relative":
     return None
-  init = nnx.initializers.normal(d_model**-0.5)
-  return RelativeBias(num_heads, bias_init=init, param_dtype=param_dtype, rngs=rngs)
+  return RelativeBias(num_heads, d_model, param_dtype, rngs=rngs)
