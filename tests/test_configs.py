@@ -76,6 +76,45 @@ def test_products_with_weights_are_counted_exactly(variant, kv_heads, tied):
   assert counted["projections"] + counted["logits"] == 2 * (kernels + head)
 
 
+@pytest.mark.parametrize(
+  ("architecture", "options"),
+  [
+    ("transformer", {}),
+    ("transformer", {"num_kv_heads": 2, "key_size": 24, "gated": True}),
+    ("transformer++", {"num_kv_heads": 1}),
+    ("primer", {}),
+    ("primer", {"shared_qk": False, "num_kv_heads": 2}),
+    ("primer", {"shared_qk": False, "num_taps": 0}),
+    ("hybrid", {"pattern": "retention(value_dim=24), attention", "num_layers": 5}),
+    ("hybrid", {"pattern": "mdha(shared_qk=True, num_kv_heads=2), retention(decay='gated')"}),
+  ],
+)
+def test_products_with_weights_of_attention_are_counted_exactly(architecture, options):
+  sizes = {"vocab_size": 40, "d_model": 16, "num_layers": 3, "num_heads": 4, "ffn_dim": 20}
+  model = {"architecture": architecture, **sizes, "tie_embeddings": True, **options}
+  params = parameters(model)
+  leaves = jax.tree_util.tree_leaves_with_path(params)
+  kernels = sum(leaf.size for path, leaf in leaves if path[-1].key == "kernel")
+  taps = sum(
+    leaf.size // leaf.shape[-2] * (2 * leaf.shape[-2] - 1)
+    for path, leaf in leaves
+    if path[-1].key == "taps"
+  )
+  counted = flops.CLOSED_FORMS[architecture](model, 64, "parallel")
+  assert counted["projections"] == 2 * kernels
+  assert counted["logits"] == 2 * params["embedding"]["embedding"].size
+  assert counted.get("convolutions", 0) == taps
+
+
+def test_attention_is_counted_by_what_causality_and_the_window_leave():
+  config = {"d_model": 8, "num_heads": 2}
+  t, per_pair = 10, 2 * 2 * 2 * 4  # multiply-adds, heads, scores and values, key size
+  whole = flops.attention(config, t, "parallel")["mixing"]
+  assert whole == per_pair * sum(range(1, t + 1)) / t
+  near = flops.attention({**config, "window": 3}, t, "parallel")["mixing"]
+  assert near == per_pair * (1 + 2 + 3 * 8) / t
+
+
 def test_mixing_is_counted_by_form():
   model = {
     "d_model": 8, "num_heads": 2, "value_dim": 16, "ffn_dim": 8, "num_layers": 3, "vocab_size": 9,

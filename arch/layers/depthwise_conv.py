@@ -26,14 +26,14 @@ class DepthwiseConv(nnx.Module):
   ):
     if num_taps < 1:
       raise ValueError(f"num_taps is {num_taps}, expected at least 1")
+    self.features, self.num_taps = features, num_taps
     self.dtype = jnp.dtype(param_dtype if dtype is None else dtype)
     start = [0.5, *[0.5 / num_taps] * (num_taps - 1)]
     column = jnp.asarray(start, param_dtype)[:, None]
     self.taps = nnx.Param(jnp.broadcast_to(column, (num_taps, features)))
 
   def init_tail(self, batch_size: int) -> jax.Array:
-    num_taps, features = self.taps.shape
-    return jnp.zeros((batch_size, num_taps - 1, features), self.dtype)
+    return jnp.zeros((batch_size, self.num_taps - 1, self.features), self.dtype)
 
   def __call__(self, x, tail=None, *, reset=None, mask=None):  # [b, t, d] -> [b, t, d], the tail
     return kernels.causal_depthwise_conv(

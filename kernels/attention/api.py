@@ -64,6 +64,8 @@ def attention(
   Raises:
     ValueError: for shapes that do not fit together, an unknown form, or more tokens than rows.
   """
+  arrays = (q, k, v, cache, bias, reset, mask)
+  q, k, v, cache, bias, reset, mask = jax.tree.map(jnp.asarray, arrays)
   b, t, size = _check(q, k, v, cache, window, bias, reset, mask, form, chunk_size)
   rows = window or max(max_len, t)
   fresh = cache is None
