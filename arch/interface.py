@@ -9,7 +9,8 @@ is a choice of cost, never of result. What that promises, and `tests/laws.py` ch
 3. Padding is an identity: masked tokens change nothing else, wherever they stand.
 4. Packing is separation: documents packed with `reset` equal the documents run alone.
 5. Causality: no output depends on a later input, no row on another row.
-6. State is constant: its shape does not depend on the length seen.
+6. State is constant: its shape does not depend on the length seen. A cache of keys and values
+   is the declared exception (`state_is_constant`), with room for `max_len` tokens of a document.
 7. Positions do not drift: a state carried to position 1,000,000 is as good as a fresh one.
 
 In training mode (`rngs` given) dropout and batch statistics couple tokens by design: laws 2 and 5

@@ -159,9 +159,9 @@ FAULTS = [
     "scanned stack forgets reset",
     "packing",
     STACK,
-    "x, after = block(x, before, form=form, reset=reset, mask=mask, rngs=rngs)",
+    "x, after = block(x, before, form=form, reset=reset, mask=mask, rngs=rngs, **of_block)",
     "reset = None if self.scan else reset\n"
-    "      x, after = block(x, before, form=form, reset=reset, mask=mask, rngs=rngs)",
+    "      x, after = block(x, before, form=form, reset=reset, mask=mask, rngs=rngs, **of_block)",
     LAWS,
     "law_4_packing and stack-scanned",
   ),

@@ -165,7 +165,7 @@ register(
   "hybrid-scanned",
   transformer(
     Hybrid,
-    pattern="retention, attention(window=3)",
+    pattern="attention(window=3), retention",
     num_layers=3,
     scan_layers=True,
   ),

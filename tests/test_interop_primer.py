@@ -221,6 +221,10 @@ def test_what_does_not_fit_is_named(change, message):
     ({"norm": "rms"}, "norm is 'RMSNorm'"),
     ({"num_kv_heads": 1}, "num_kv_heads is 1"),
     ({"tie_embeddings": False}, "tie_embeddings is False"),
+    ({"tanh": True}, "tanh is True"),
+    ({"conv_scale": -1.12}, "conv_scale is -1.12"),
+    ({"input_floor": -0.57}, "input_floor is -0.57"),
+    ({"output_bias": False}, "output_bias is False"),
   ],
 )
 def test_what_the_published_code_has_not_is_refused(options, message):

@@ -26,27 +26,28 @@ def flags(seed=1, t=T):
   return {"reset": rng.random((B, t)) < 0.2, "mask": rng.random((B, t)) < 0.8}
 
 
-@functools.partial(jax.jit, static_argnames=("form", "window", "chunk_size"))
+@functools.partial(jax.jit, static_argnames=("form", "window", "chunk_size", "tanh"))
 def compiled(q, k, v, **options):
   return attention(q, k, v, **options)
 
 
 @every_form
 @pytest.mark.parametrize("window", [None, 1, 5])
-@pytest.mark.parametrize("biased", [False, True])
-def test_is_the_oracle_whole_and_in_pieces(form, window, biased):
-  qkv, where = tensors(), flags()
-  bias = np.random.default_rng(2).normal(size=(H, 4)) if biased else None
-  expected = reference.attention(*qkv, window=window, bias=bias, **where)
+@pytest.mark.parametrize("scores", ["plain", "biased", "tanh"])
+def test_is_the_oracle_whole_and_in_pieces(form, window, scores):
+  qkv, where, tanh = tensors(), flags(), scores == "tanh"
+  bias = np.random.default_rng(2).normal(size=(H, 4)) if scores == "biased" else None
+  expected = reference.attention(*qkv, window=window, bias=bias, tanh=tanh, **where)
   with jax.enable_x64():
     cache, pieces = new_cache(B, window or T, G, K, jnp.float64), []
-    whole, _ = compiled(*qkv, bias=bias, form=form, window=window, chunk_size=5, **where)
+    whole, _ = compiled(*qkv, bias=bias, tanh=tanh, form=form, window=window, chunk_size=5, **where)
     for start, stop in ((0, 7), (7, 8), (8, T)):
       piece = np.s_[:, start:stop]
       o, cache = compiled(
         *(a[piece] for a in qkv),
         cache=cache,
         bias=bias,
+        tanh=tanh,
         form=form,
         window=window,
         chunk_size=5,

@@ -177,13 +177,18 @@ def _describe(model: Primer) -> dict[str, Any]:
   """The options of `Primer` that say which function `model` is, if the published code has it."""
   layer = model.stack.layers if model.stack.scan else model.stack.layers[0]
   mixer, convolved = layer.mixer, isinstance(layer.mixer, MultiDConvHeadAttention)
+  feed_forward = layer.feed_forward
   for name, value, expected in (
     ("num_kv_heads", mixer.num_kv_heads, mixer.num_heads),
     ("window", mixer.window, None),
     ("scale", mixer.scale, 1.0),
-    ("activation", layer.feed_forward.activation, "squared_relu"),
+    ("tanh", mixer.tanh, False),
+    ("input_floor", getattr(mixer, "input_floor", None), None),
+    ("conv_scale", getattr(mixer, "conv_scale", 1.0), 1.0),
+    ("activation", feed_forward.activation, "squared_relu"),
     ("norm", type(model.norm).__name__, "LayerNorm"),
     ("eps", model.norm.epsilon, 1e-6),
+    ("output_bias", feed_forward.output.bias is not None, feed_forward.input.bias is not None),
     ("tie_embeddings", model.head is None, True),
   ):
     if value != expected:
@@ -196,9 +201,9 @@ def _describe(model: Primer) -> dict[str, Any]:
     "num_layers": model.stack.num_layers,
     "num_heads": mixer.num_heads,
     "key_size": mixer.key_size,
-    "ffn_dim": layer.feed_forward.input.out_features,
-    "activation": layer.feed_forward.activation,
-    "use_bias": layer.feed_forward.input.bias is not None,
+    "ffn_dim": feed_forward.input.out_features,
+    "activation": feed_forward.activation,
+    "use_bias": feed_forward.input.bias is not None,
     "num_taps": mixer.num_taps if convolved else 0,
     "shared_qk": convolved and mixer.shared_qk,
     "norm_placement": layer.norm_placement,

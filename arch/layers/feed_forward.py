@@ -54,7 +54,7 @@ ACTIVATIONS = {
 
 
 class FeedForward(nnx.Module):
-  """`W_out act(W_in x + b_in) + b_out`."""
+  """`W_out act(W_in x + b_in) + b_out`; `output_bias` is as `use_bias` by default."""
 
   def __init__(
     self,
@@ -63,6 +63,7 @@ class FeedForward(nnx.Module):
     *,
     activation: str = "relu",
     use_bias: bool = True,
+    output_bias: bool | None = None,
     kernel_init: Initializer | None = None,
     dtype: Any = None,
     param_dtype: Any = jnp.float32,
@@ -71,15 +72,14 @@ class FeedForward(nnx.Module):
     _check_activation(activation)
     linear = functools.partial(
       Linear,
-      use_bias=use_bias,
       kernel_init=kernel_init or nnx.initializers.lecun_normal(),
       dtype=dtype,
       param_dtype=param_dtype,
       rngs=rngs,
     )
     self.activation = activation
-    self.input = linear(d_model, hidden)
-    self.output = linear(hidden, d_model)
+    self.input = linear(d_model, hidden, use_bias=use_bias)
+    self.output = linear(hidden, d_model, use_bias=use_bias if output_bias is None else output_bias)
 
   def __call__(self, x: jax.Array) -> jax.Array:  # [b, t, d] -> [b, t, d]
     hidden = self.input(x)

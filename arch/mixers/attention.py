@@ -50,6 +50,7 @@ class Attention(SequenceModule):
     window: tokens that a query sees, itself included; all of the document by default.
     max_len: rows of the cache, unless `init_state` is told otherwise.
     scale: of the scores; `key_size ** -0.5` by default.
+    tanh: of the softmax.
     query_init, key_init: initialisers of these projections; variance 1 / width by default.
     chunk_size: queries in a chunk of the chunkwise form.
     dtype: of the computation; `None` is `param_dtype`. Scores and softmax are in at least float32.
@@ -68,6 +69,7 @@ class Attention(SequenceModule):
     window: int | None = None,
     max_len: int = DEFAULT_MAX_LEN,
     scale: float | None = None,
+    tanh: bool = False,
     query_init: Any = None,
     key_init: Any = None,
     chunk_size: int = 128,
@@ -93,7 +95,8 @@ class Attention(SequenceModule):
     self.position, self.rotary_base, self.window = position, rotary_base, window
     self.state_is_constant = window is not None
     self.max_len = max_len if window is None else None
-    self.scale, self.chunk_size = key_size**-0.5 if scale is None else scale, chunk_size
+    self.scale, self.tanh = key_size**-0.5 if scale is None else scale, tanh
+    self.chunk_size = chunk_size
     self.dtype = jnp.dtype(param_dtype if dtype is None else dtype)
 
     init = nnx.initializers.lecun_normal()
@@ -147,6 +150,7 @@ class Attention(SequenceModule):
       window=self.window,
       bias=None if relative_bias is None else relative_bias.astype(state_dtype(self.dtype)),
       scale=self.scale,
+      tanh=self.tanh,
       reset=reset,
       mask=mask,
       form=form,
@@ -168,14 +172,24 @@ class MultiDConvHeadAttention(Attention):
       q, k, v = conv(W_q x), conv(W_k x), conv(W_v x)
 
   or with `shared_qk`, `k = conv(W_k x)` and `q = W_s k`. Positions, rotary ones too, come after the
-  convolutions. `num_taps=1` is no convolution but a learnt scale. Other arguments as in
-  `Attention`.
+  convolutions. `num_taps=1` is no convolution but a learnt scale. The program that was searched
+  also has `input_floor=-0.57`, below which no input of a projection is, and `conv_scale=-1.12`,
+  which multiplies what is convolved. Other arguments as in `Attention`.
   """
 
   def __init__(
-    self, d_model: int, *, num_taps: int = 3, shared_qk: bool = False, rngs: nnx.Rngs, **options
+    self,
+    d_model: int,
+    *,
+    num_taps: int = 3,
+    shared_qk: bool = False,
+    input_floor: float | None = None,
+    conv_scale: float = 1.0,
+    rngs: nnx.Rngs,
+    **options: Any,
   ):
     self.num_taps, self.shared_qk = num_taps, shared_qk
+    self.input_floor, self.conv_scale = input_floor, conv_scale
     super().__init__(d_model, rngs=rngs, **options)
     dtypes = {"dtype": self.dtype, "param_dtype": self.key.param_dtype}
     kv_width = self.num_kv_heads * self.key_size
@@ -201,6 +215,8 @@ class MultiDConvHeadAttention(Attention):
   ):
     check_call(x, form, reset, mask)
     x = self._real(x, mask)
+    if self.input_floor is not None:
+      x = jnp.maximum(x, self.input_floor)
     convolved, tails = {}, {}
     for name, conv in self._convs().items():
       convolved[name], tails[name] = conv(
@@ -209,6 +225,8 @@ class MultiDConvHeadAttention(Attention):
         reset=reset,
         mask=mask,
       )
+    if self.conv_scale != 1:
+      convolved = {name: a * self.conv_scale for name, a in convolved.items()}
     if self.shared_qk:
       convolved["query"] = self.query(convolved["key"])
     qkv = (convolved[name] for name in ("query", "key", "value"))

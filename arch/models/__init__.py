@@ -17,9 +17,9 @@ from .retnet import RetNet
 from .transformer import Transformer, TransformerPlusPlus
 
 ARCHITECTURES = {
+  "retnet": RetNet,
   "hybrid": Hybrid,
   "primer": Primer,
-  "retnet": RetNet,
   "transformer": Transformer,
   "transformer++": TransformerPlusPlus,
 }

@@ -29,7 +29,9 @@ class Primer(LanguageModel):
     shared_qk: queries are a projection of the (convolved) keys.
     norm_placement: `"pre_post"` normalises what enters attention and what leaves the feed-forward;
       `"pre"` what enters either.
-    use_bias: of the feed-forward.
+    use_bias, output_bias: of the projections of the feed-forward, the last as the first by default.
+    input_floor, conv_scale, tanh: see `MultiDConvHeadAttention`. The program that the search found,
+      before the paper reduced it to Primer, has -0.57, -1.12, `True` and `output_bias=False`.
   """
 
   def __init__(
@@ -44,8 +46,12 @@ class Primer(LanguageModel):
     ffn_dim: int,
     activation: str = "squared_relu",
     use_bias: bool = True,
+    output_bias: bool | None = None,
     num_taps: int = 3,
     shared_qk: bool = True,
+    input_floor: float | None = None,
+    conv_scale: float = 1.0,
+    tanh: bool = False,
     norm: Norm = "layer",
     norm_placement: NormPlacement = "pre_post",
     position: Position = "relative",
@@ -68,7 +74,13 @@ class Primer(LanguageModel):
     make = functools.partial(make_norm, norm, d_model, eps=eps, **dtypes)
     mixer = Attention
     if num_taps:
-      mixer = functools.partial(MultiDConvHeadAttention, num_taps=num_taps, shared_qk=shared_qk)
+      mixer = functools.partial(
+        MultiDConvHeadAttention,
+        num_taps=num_taps,
+        shared_qk=shared_qk,
+        input_floor=input_floor,
+        conv_scale=conv_scale,
+      )
     # The width of queries before the convolution, which in shared mode is that of keys.
     size = key_size or d_model // num_heads
     small = nnx.initializers.normal((d_model * size) ** -0.5)
@@ -87,6 +99,7 @@ class Primer(LanguageModel):
           window=window,
           max_len=max_len,
           scale=1.0,
+          tanh=tanh,
           chunk_size=chunk_size,
           **{"key_init" if shared_qk else "query_init": small},
           **dtypes,
@@ -94,7 +107,13 @@ class Primer(LanguageModel):
         ),
         feed_forward_norm=make(rngs=rngs),
         feed_forward=FeedForward(
-          d_model, ffn_dim, activation=activation, use_bias=use_bias, **dtypes, rngs=rngs
+          d_model,
+          ffn_dim,
+          activation=activation,
+          use_bias=use_bias,
+          output_bias=output_bias,
+          **dtypes,
+          rngs=rngs,
         ),
         norm_placement=norm_placement,
         dropout=dropout,

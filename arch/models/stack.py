@@ -160,9 +160,9 @@ class Group(SequenceModule):
   ):
     states = []
     for i, block in enumerate(self.blocks):
-      before = None if state is None else state[i]
-      x, after = block(x, before, form=form, reset=reset, mask=mask, rngs=rngs, **of_block)
-      states.append(after)
+      own = None if state is None else state[i]
+      x, own = block(x, own, form=form, reset=reset, mask=mask, rngs=rngs, **of_block)
+      states.append(own)
     return x, tuple(states)
 
 
@@ -207,9 +207,9 @@ class PatternStack(SequenceModule):
   ):
     states = []
     for i, stack in enumerate(self._stacks()):
-      before = None if state is None else state[i]
-      x, after = stack(x, before, form=form, reset=reset, mask=mask, rngs=rngs, **of_block)
-      states.append(after)
+      own = None if state is None else state[i]
+      x, own = stack(x, own, form=form, reset=reset, mask=mask, rngs=rngs, **of_block)
+      states.append(own)
     return x, tuple(states)
 
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from ..positions import token_positions
 from ..retention.api import FORMS, Form
 from . import forms
-from .forms import KVCache, Tokens
+from .forms import KVCache, Rule, Tokens
 
 
 def new_cache(
@@ -29,6 +29,7 @@ def attention(
   window: int | None = None,
   bias: jax.Array | None = None,  # [h, n]
   scale: float | None = None,
+  tanh: bool = False,
   reset: jax.Array | None = None,  # bool[b, t]
   mask: jax.Array | None = None,  # bool[b, t]
   form: Form = "parallel",
@@ -51,6 +52,7 @@ def attention(
     window: tokens that a query sees, itself included; the cache is then a ring of as many rows.
     bias: added to the scores by distance, the last one at every distance from `n - 1` on.
     scale: of the scores; `k ** -0.5` by default.
+    tanh: of the softmax, as in the program that Primer was made from.
     reset: true at the first token of a document.
     mask: false at padding, which leaves the cache bit for bit as it was and is invisible to real
       tokens, whatever it holds. The output there is finite and unspecified.
@@ -99,9 +101,7 @@ def attention(
     cache,
     seen,
     fresh=fresh,
-    window=window,
-    bias=bias,
-    scale=size**-0.5 if scale is None else scale,
+    rule=Rule(window, bias, size**-0.5 if scale is None else scale, tanh),
   )
   if order is not None:
     out = forms.take_tokens(out, jnp.argsort(order, axis=1))

@@ -25,6 +25,15 @@ class KVCache(NamedTuple):
   position: jax.Array  # uint32[b], tokens seen of the document
 
 
+class Rule(NamedTuple):
+  """What scores become, the same for all tokens; see `attention`."""
+
+  window: int | None
+  bias: jax.Array | None  # [h, n]
+  scale: float
+  tanh: bool
+
+
 class Tokens(NamedTuple):
   """What decides who sees whom."""
 
@@ -33,24 +42,26 @@ class Tokens(NamedTuple):
   real: jax.Array | None  # bool[b, t]
 
 
-def parallel(q, k, v, tokens, cache, seen, *, fresh, window, bias, scale):
+def parallel(q, k, v, tokens, cache, seen, *, fresh, rule):
   """All queries at once."""
-  if fresh and bias is None:
+  if fresh and rule.bias is None and not rule.tanh:
     segments = tokens.document
     if tokens.real is not None:  # padding sees padding
       segments = jnp.where(tokens.real, 0 if segments is None else segments, -1)
-    out = attend_causally(q, k, v, segments, window=window, scale=scale)
+    out = attend_causally(q, k, v, segments, window=rule.window, scale=rule.scale)
   else:
-    keys = (k, v, tokens) if fresh else _after_cache(k, v, tokens, cache, window)
-    out = _attend(q, *keys[:2], tokens, keys[2], window, bias, scale)
-  return out, *_written(cache, k, v, tokens, seen, window)
+    keys = (k, v, tokens) if fresh else _after_cache(k, v, tokens, cache, rule.window)
+    out = _attend(q, *keys[:2], tokens, keys[2], rule)
+  return out, *_written(cache, k, v, tokens, seen, rule.window)
 
 
-def chunkwise(q, k, v, tokens, cache, seen, *, fresh, window, bias, scale, chunk_size):
+def chunkwise(q, k, v, tokens, cache, seen, *, fresh, rule, chunk_size):
   """A chunk of queries at a time, the scores of one chunk being all that is kept."""
-  after = _written(cache, k, v, tokens, seen, window)
-  t, c = q.shape[1], min(chunk_size, q.shape[1])
-  keys = (k, v, tokens) if fresh and window is None else _after_cache(k, v, tokens, cache, window)
+  after = _written(cache, k, v, tokens, seen, rule.window)
+  t, c, window = q.shape[1], min(chunk_size, q.shape[1]), rule.window
+  keys = (
+    (k, v, tokens) if fresh and window is None else _after_cache(k, v, tokens, cache, rule.window)
+  )
 
   def pad(a):
     return jnp.pad(a, [(0, 0), (0, -t % c)] + [(0, 0)] * (a.ndim - 2))
@@ -69,17 +80,17 @@ def chunkwise(q, k, v, tokens, cache, seen, *, fresh, window, bias, scale, chunk
       near = jax.tree.map(
         lambda a: jax.lax.dynamic_slice_in_dim(a, start, window + c, axis=1), keys
       )
-    return start + c, _attend(q, *near[:2], tokens, near[2], window, bias, scale)
+    return start + c, _attend(q, *near[:2], tokens, near[2], rule)
 
   _, out = jax.lax.scan(chunk, jnp.int32(0), jax.tree.map(split, (q, tokens)))
   out = jnp.swapaxes(out, 0, 1).reshape(q.shape[0], -1, *q.shape[2:])[:, :t]
   return out, *after
 
 
-def recurrent(q, k, v, tokens, cache, seen, *, fresh, window, bias, scale):
+def recurrent(q, k, v, tokens, cache, seen, *, fresh, rule):
   """One token after another, the cache being all that is kept."""
   del seen, fresh
-  b, rows = cache.k.shape[:2]
+  (b, rows), window = cache.k.shape[:2], rule.window
   starts = None
   if tokens.document is not None:
     starts = jnp.diff(tokens.document, axis=1, prepend=0) > 0
@@ -96,7 +107,7 @@ def recurrent(q, k, v, tokens, cache, seen, *, fresh, window, bias, scale):
     )
     query = Tokens(position[:, None], None, None)
     keys = _cache_tokens(position + 1, rows, window)
-    out = _attend(q[:, None], *(a.astype(k.dtype) for a in held), query, keys, window, bias, scale)
+    out = _attend(q[:, None], *(a.astype(k.dtype) for a in held), query, keys, rule)
     return held, out[:, 0]
 
   by_time = jax.tree.map(
@@ -106,18 +117,19 @@ def recurrent(q, k, v, tokens, cache, seen, *, fresh, window, bias, scale):
   return jnp.swapaxes(out, 0, 1), keys, values
 
 
-def _attend(q, k, v, queries: Tokens, keys: Tokens, window, bias, scale):
+def _attend(q, k, v, queries: Tokens, keys: Tokens, rule: Rule):
   distance = (queries.position[:, :, None] - keys.position[:, None]).astype(jnp.int32)
   visible = distance >= 0
-  if window is not None:
-    visible &= distance < window
+  if rule.window is not None:
+    visible &= distance < rule.window
   if keys.document is not None:
     visible &= queries.document[:, :, None] == keys.document[:, None]
   if keys.real is not None:
     visible &= keys.real[:, None]
+  bias = rule.bias
   if bias is not None:
     bias = jnp.moveaxis(jnp.take(bias, jnp.clip(distance, 0, bias.shape[1] - 1), axis=1), 0, 1)
-  return attend(q, k, v, visible, bias, scale)
+  return attend(q, k, v, visible, bias, rule.scale, tanh=rule.tanh)
 
 
 def _cache_tokens(count: jax.Array, rows: int, window: int | None) -> Tokens:

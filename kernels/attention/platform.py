@@ -13,11 +13,13 @@ def attend(
   visible: jax.Array,  # bool[b, t, s]
   bias: jax.Array | None,  # [b, h, t, s]
   scale: float,
+  *,
+  tanh: bool = False,
 ) -> jax.Array:  # [b, t, h, k]
   """`softmax(scale q k^T + bias) v` over the visible keys; a query that sees none gets a mean."""
   visible = visible[:, None]
-  if q.dtype == jnp.float64:
-    return _in_float64(q, k, v, visible, bias, scale)
+  if tanh or q.dtype == jnp.float64:
+    return _plain(q, k, v, visible, bias, scale, tanh)
   return jax.nn.dot_product_attention(q, k, v, bias, visible, scale=scale)
 
 
@@ -51,13 +53,15 @@ def attend_causally(
   return jax.lax.platform_dependent(q, k, v, segments, tpu=on_tpu, default=anywhere)
 
 
-def _in_float64(q, k, v, visible, bias, scale):
-  """`jax.nn.dot_product_attention` would take the softmax in float32."""
+def _plain(q, k, v, visible, bias, scale, tanh):
+  """For what `jax.nn.dot_product_attention` has not: it takes any softmax in float32."""
   b, t, h, size = q.shape
-  g = k.shape[2]
-  scores = jnp.einsum("btgrk,bsgk->bgrts", q.reshape(b, t, g, h // g, size), k) * scale
+  g, dtype = k.shape[2], jnp.promote_types(q.dtype, jnp.float32)
+  q = q.reshape(b, t, g, h // g, size)
+  scores = jnp.einsum("btgrk,bsgk->bgrts", q, k, preferred_element_type=dtype) * scale
   scores = scores.reshape(b, h, t, -1)
   scores = scores if bias is None else scores + bias
-  weights = jax.nn.softmax(jnp.where(visible, scores, -0.7 * jnp.finfo(scores.dtype).max), axis=-1)
+  weights = jax.nn.softmax(jnp.where(visible, scores, -0.7 * jnp.finfo(dtype).max), axis=-1)
+  weights = (jnp.tanh(weights) if tanh else weights).astype(v.dtype)
   out = jnp.einsum("bgrts,bsgk->btgrk", weights.reshape(b, g, h // g, t, -1), v)
   return out.reshape(b, t, h, size)

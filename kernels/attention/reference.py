@@ -3,7 +3,7 @@
 import numpy as np
 
 
-def attention(q, k, v, *, window=None, bias=None, scale=None, reset=None, mask=None):
+def attention(q, k, v, *, window=None, bias=None, scale=None, tanh=False, reset=None, mask=None):
   """`o_i = sum_j softmax_j(scale q_i k_j + bias[i - j]) v_j` over the document so far.
 
   Arguments as in `triform.kernels.attention`, without a cache. Outputs of padding are 0.
@@ -29,5 +29,6 @@ def attention(q, k, v, *, window=None, bias=None, scale=None, reset=None, mask=N
         scores += np.asarray(bias)[:, np.minimum(distance, np.shape(bias)[1] - 1)]
       weights = np.exp(scores - scores.max(axis=1, keepdims=True))
       weights /= weights.sum(axis=1, keepdims=True)
+      weights = np.tanh(weights) if tanh else weights
       out[row, n] = np.einsum("hj,jhk->hk", weights, v[row, seen])
   return out

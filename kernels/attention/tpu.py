@@ -4,12 +4,6 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas.ops.tpu.splash_attention import (
-  splash_attention_kernel as kernels,
-)
-from jax.experimental.pallas.ops.tpu.splash_attention import (
-  splash_attention_mask as masks,
-)
 from jax.sharding import PartitionSpec as P
 
 BLOCK = 512  # tokens of queries and of keys at a time, or the largest divisor below
@@ -42,6 +36,10 @@ def attention(
 
 
 def _attention(q, k, v, segments, *, window, scale):
+  # Not at the top: Pallas takes long to import, and few need it.
+  from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
+  from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
   t, h = q.shape[1:3]
   mask = masks.CausalMask((t, t))
   if window is not None:
