@@ -165,8 +165,9 @@ register(
   "hybrid-scanned",
   transformer(
     Hybrid,
-    pattern="attention(window=3), retention",
+    pattern="retention, attention(window=3)",
     num_layers=3,
+    ffn_dim=8,
     scan_layers=True,
   ),
   distinct_ids(VOCAB),
