@@ -6,11 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import tpu as pltpu
 from laws_errors import EXACT
 
 from triform.arch.interface import FORMS
 from triform.kernels import KVCache, attention, new_cache, relative_buckets
-from triform.kernels.attention import reference
+from triform.kernels.attention import platform, reference, tpu
 
 B, T, H, G, K = 2, 12, 4, 2, 6
 every_form = pytest.mark.parametrize("form", FORMS)
@@ -170,3 +171,29 @@ def test_t5_buckets():
   assert np.all(np.diff(buckets) >= 0) and set(buckets) == set(range(32))
   with pytest.raises(ValueError, match="cannot divide distances up to 8"):
     relative_buckets(32, 8)
+
+
+@pytest.mark.parametrize("window", [None, 40])
+@pytest.mark.parametrize("segmented", [False, True])
+def test_the_kernel_for_tpus_is_the_same_function(window, segmented):
+  """Interpreted, with gradients; that it compiles is in `test_compiled_for_tpu.py`."""
+  rng = np.random.default_rng(0)
+  q, k, v, weights = (
+    jnp.asarray(rng.normal(size=(1, 128, heads, 64)), jnp.float32) for heads in (2, 1, 1, 2)
+  )
+  segments = jnp.asarray(rng.integers(0, 3, (1, 128)).cumsum(axis=1) // 60) if segmented else None
+  assert tpu.supports(q, k)
+
+  def results(f):
+    def loss(q, k, v):
+      o = f(q, k, v, segments, window=window, scale=0.1)
+      return (o * weights).sum(), o
+
+    return jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))(q, k, v)
+
+  with pltpu.force_tpu_interpret_mode():
+    got = results(tpu.attention)
+  (_, o), gradients = got
+  (_, expected), expected_gradients = results(platform.attend_causally)
+  for a, b in zip((o, *gradients), (expected, *expected_gradients), strict=True):
+    assert np.abs(a - b).max() <= 1e-5 * np.abs(b).max()
