@@ -6,8 +6,10 @@ import pytest
 from flax import nnx
 from ml_collections import ConfigDict
 
-from triform.arch import Attention, MultiDConvHeadAttention, build, state_bytes
-from triform.arch.evaluation import _restarted
+from triform.arch import FORMS, Attention, MultiDConvHeadAttention, build, generate, state_bytes
+from triform.arch.data.packing import Documents
+from triform.arch.data.tokenizers import ByteTokenizer
+from triform.arch.evaluation import _restarted, evaluate
 from triform.arch.layout import from_stacked, split_model, to_stacked
 from triform.arch.models import ARCHITECTURES, complete, fields
 from triform.arch.models.hybrid import parse_pattern
@@ -122,6 +124,27 @@ def test_states_are_as_large_as_they_are_said_to_be():
   assert state_bytes(window.init_state(3, max_len=5)) == 2 * 3 * (4 * 2 * 4 * number + counter)
   narrow = make("transformer", max_len=64, dtype="bfloat16")
   assert state_bytes(narrow.init_state(3)) == 2 * 3 * (64 * 2 * 8 * 2 + counter)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_continuation_is_what_the_whole_text_gives(name):
+  """Through a padded prefill and a cache that is just large enough."""
+  model = make(name, num_layers=3, scan_layers=False)
+  prompt = np.random.default_rng(0).integers(0, 11, (2, 5))
+  new = generate(model, prompt, max_new_tokens=6, temperature=0.0)
+  ids = np.concatenate([prompt, new], axis=1)
+  logits, _ = model(ids)
+  np.testing.assert_array_equal(new, np.argmax(logits, axis=-1)[:, 4:-1])
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_long_documents_are_evaluated_in_pieces_that_fit(form):
+  model = make("transformer", vocab_size=257, max_len=8, scan_layers=False, chunk_size=4)
+  tokens = np.random.default_rng(0).integers(0, 256, 50)
+  documents = Documents.from_arrays([tokens[:20], tokens[20:]])
+  options = {"seq_len": 5, "batch_size": 2, "form": form}
+  result = evaluate(model, documents, ByteTokenizer(), **options)
+  assert result["tokens"] == 52 and np.isfinite(result["loss"])
 
 
 def test_evaluation_begins_afresh_where_the_cache_is_full():

@@ -15,8 +15,10 @@ def new_cache(
   batch_size: int, rows: int, num_kv_heads: int, key_size: int, dtype: jnp.dtype
 ) -> KVCache:
   """An empty cache for documents of `rows` tokens, or a window of as many."""
-  zeros = jnp.zeros((batch_size, rows, num_kv_heads, key_size), dtype)
-  return KVCache(zeros, zeros, jnp.zeros(batch_size, jnp.uint32))
+  shape = (batch_size, rows, num_kv_heads, key_size)
+  # Two arrays, not one twice: who donates a cache donates both.
+  k, v = jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
+  return KVCache(k, v, jnp.zeros(batch_size, jnp.uint32))
 
 
 def attention(
