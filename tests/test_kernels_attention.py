@@ -63,8 +63,9 @@ def test_is_the_oracle_whole_and_in_pieces(form, window, scores):
 def test_the_cache_holds_the_document_and_zeros(form):
   q, k, v = tensors()
   reset = np.zeros((B, T), bool)
-  reset[0, 9] = True
-  _, cache = attention(q, k, v, reset=reset, max_len=15, form=form)
+  reset[0, 9] = reset[1, 0] = True
+  _, before = attention(*tensors(seed=1), max_len=15, form=form)
+  _, cache = attention(q, k, v, cache=before, reset=reset, form=form)
   assert cache.position.tolist() == [3, T]
   assert cache.k.shape == (B, 15, G, K)
   for row, begin in ((0, 9), (1, 0)):

@@ -138,6 +138,24 @@ def test_a_continuation_is_what_the_whole_text_gives(name):
 
 
 @pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", ["transformer", "primer"])
+def test_a_full_cache_gives_nan_from_there_on_and_only_there(name, form):
+  """What is NaN in one layer does not reach other tokens, or other documents, in the next."""
+  model = make(name, chunk_size=4, scan_layers=False)
+  ids = np.random.default_rng(0).integers(0, 11, (2, 9))
+  reset = np.zeros(ids.shape, bool)
+  reset[0, [0, 6]] = True
+  logits, _ = model(ids, model.init_state(2, max_len=4), form=form, reset=reset)
+  expected, _ = model(ids, form=form, reset=reset)
+  full = np.zeros(ids.shape, bool)
+  full[0, 4:6] = full[1, 4:] = True
+  assert np.isnan(logits[full]).all()
+  np.testing.assert_allclose(logits[~full], expected[~full], rtol=1e-4, atol=1e-5)
+  with pytest.raises(ValueError, match="9 tokens do not fit a cache of max_len 4"):
+    model(ids, model.init_state(2, max_len=4), form=form)
+
+
+@pytest.mark.parametrize("form", FORMS)
 def test_long_documents_are_evaluated_in_pieces_that_fit(form):
   model = make("transformer", vocab_size=257, max_len=8, scan_layers=False, chunk_size=4)
   tokens = np.random.default_rng(0).integers(0, 256, 50)

@@ -173,7 +173,7 @@ def _written(cache: KVCache, k, v, tokens: Tokens, seen, window: int | None):
     held = jax.tree.map(lambda a: jnp.where(begun, 0, a), held)
   row = position
   if window is not None:
-    kept &= seen[:, None] - position <= rows
+    kept &= seen[:, None] - position <= rows  # no two tokens write one row
     row = position % rows
   row = jnp.where(kept, row, rows)
   index = (jnp.arange(b)[:, None], row)
