@@ -97,18 +97,45 @@ def _accumulator(q, k, v, state) -> jnp.dtype:
   return jnp.result_type(jnp.float32, *dtypes)
 
 
+@jax.custom_vjp
 def _attend(q, k, v, weights):
   """`((q k^T) * weights) v` with q [n, b, g, r, i, k], k and v [n, b, g, 1, j, ...]."""
-  scores = jnp.einsum(
-    "nbgrik,nbgjk->nbgrij", q, k[:, :, :, 0], preferred_element_type=weights.dtype
-  )
-  # In the other order of operands, XLA for CPU compiles bfloat16 to a product it cannot run.
-  return jnp.einsum(
-    "nbgjv,nbgrij->nbgriv",
-    v[:, :, :, 0],
-    (scores * weights).astype(v.dtype),
-    preferred_element_type=weights.dtype,
-  )
+  return _attend_forward(q, k, v, weights)[0]
+
+
+def _product(equation, a, b, dtype):
+  return jnp.einsum(equation, a, b, preferred_element_type=dtype)
+
+
+def _attend_forward(q, k, v, weights):
+  scores = _product("nbgrik,nbgjk->nbgrij", q, k[:, :, :, 0], weights.dtype)
+  weighted = (scores * weights).astype(v.dtype)
+  out = _product("nbgrij,nbgjv->nbgriv", weighted, v[:, :, :, 0], weights.dtype)
+  return out, (q, k, v, weights, scores)
+
+
+def _attend_backward(residuals, d_out):
+  q, k, v, weights, scores = residuals
+  weighted = (scores * weights).astype(v.dtype)
+  d_weighted = _product("nbgriv,nbgjv->nbgrij", d_out.astype(v.dtype), v[:, :, :, 0], weights.dtype)
+  d_scores = (d_weighted * weights).astype(k.dtype)
+  d_q = _product("nbgrij,nbgjk->nbgrik", d_scores, k[:, :, :, 0], weights.dtype)
+  if q.shape[3] == 1:
+    d_k = _product("nbgji,nbgik->nbgjk", d_scores[:,:,:,0].swapaxes(-1, -2), q[:,:,:,0], weights.dtype)
+    d_v = _product("nbgji,nbgiv->nbgjv", weighted[:,:,:,0].swapaxes(-1, -2), d_out[:,:,:,0].astype(v.dtype), weights.dtype)
+  else:
+    d_k = _product("nbgrij,nbgrik->nbgjk", d_scores, q, weights.dtype)
+    d_v = _product("nbgrij,nbgriv->nbgjv", weighted, d_out.astype(v.dtype), weights.dtype)
+  d_weights = _sum_to(d_weighted * scores, weights.shape)
+  return d_q.astype(q.dtype), d_k[:, :, :, None].astype(k.dtype), d_v[:, :, :, None].astype(v.dtype), d_weights
+
+
+def _sum_to(x, shape):
+  axes = tuple(i for i, n in enumerate(shape) if n != x.shape[i])
+  return x.sum(axes, keepdims=True)
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
 
 
 def _read(q, state, weights):
