@@ -8,13 +8,8 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.nnx.nn.initializers import Initializer
 
+from .gate import GATES
 from .linear import Linear
-
-ACTIVATIONS = {
-  "gelu": functools.partial(jax.nn.gelu, approximate=False),
-  "relu": jax.nn.relu,
-  "silu": jax.nn.silu,
-}
 
 
 class GatedFeedForward(nnx.Module):
@@ -31,8 +26,8 @@ class GatedFeedForward(nnx.Module):
     param_dtype: Any = jnp.float32,
     rngs: nnx.Rngs,
   ):
-    if activation not in ACTIVATIONS:
-      raise ValueError(f"activation is {activation!r}, expected one of {', '.join(ACTIVATIONS)}")
+    if activation not in GATES:
+      raise ValueError(f"activation is {activation!r}, expected one of {', '.join(GATES)}")
     linear = functools.partial(
       Linear,
       kernel_init=kernel_init or nnx.initializers.lecun_normal(),
@@ -46,4 +41,4 @@ class GatedFeedForward(nnx.Module):
     self.output = linear(hidden, d_model)
 
   def __call__(self, x: jax.Array) -> jax.Array:  # [b, t, d] -> [b, t, d]
-    return self.output(ACTIVATIONS[self.activation](self.input(x)) * self.gate(x))
+    return self.output(GATES[self.activation](self.input(x), self.gate(x)))

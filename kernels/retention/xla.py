@@ -15,6 +15,7 @@ query heads to a key/value head: products and the scan over runs then take them 
 axis on which nothing depends has size 1.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -99,43 +100,47 @@ def _accumulator(q, k, v, state) -> jnp.dtype:
 
 @jax.custom_vjp
 def _attend(q, k, v, weights):
-  """`((q k^T) * weights) v` with q [n, b, g, r, i, k], k and v [n, b, g, 1, j, ...]."""
+  """`((q k^T) * weights) v` with q [n, b, g, r, i, k], k and v [n, b, g, 1, j, ...].
+
+  Its derivative is written out for the order of operands, which decides what XLA for CPU copies:
+  it transposes the small scores, not the wide values and outputs.
+  """
   return _attend_forward(q, k, v, weights)[0]
 
 
-def _product(equation, a, b, dtype):
-  return jnp.einsum(equation, a, b, preferred_element_type=dtype)
-
-
 def _attend_forward(q, k, v, weights):
-  scores = _product("nbgrik,nbgjk->nbgrij", q, k[:, :, :, 0], weights.dtype)
+  dtype = weights.dtype
+  scores = jnp.einsum("nbgrik,nbgjk->nbgrij", q, _shared(k), preferred_element_type=dtype)
   weighted = (scores * weights).astype(v.dtype)
-  out = _product("nbgrij,nbgjv->nbgriv", weighted, v[:, :, :, 0], weights.dtype)
+  out = jnp.einsum("nbgrij,nbgjv->nbgriv", weighted, _shared(v), preferred_element_type=dtype)
   return out, (q, k, v, weights, scores)
 
 
 def _attend_backward(residuals, d_out):
   q, k, v, weights, scores = residuals
-  weighted = (scores * weights).astype(v.dtype)
-  d_weighted = _product("nbgriv,nbgjv->nbgrij", d_out.astype(v.dtype), v[:, :, :, 0], weights.dtype)
+  weighted, d_out = (scores * weights).astype(v.dtype), d_out.astype(v.dtype)
+  product = functools.partial(jnp.einsum, preferred_element_type=weights.dtype)
+  d_weighted = product("nbgriv,nbgjv->nbgrij", d_out, _shared(v))
   d_scores = (d_weighted * weights).astype(k.dtype)
-  d_q = _product("nbgrij,nbgjk->nbgrik", d_scores, k[:, :, :, 0], weights.dtype)
-  if q.shape[3] == 1:
-    d_k = _product("nbgji,nbgik->nbgjk", d_scores[:,:,:,0].swapaxes(-1, -2), q[:,:,:,0], weights.dtype)
-    d_v = _product("nbgji,nbgiv->nbgjv", weighted[:,:,:,0].swapaxes(-1, -2), d_out[:,:,:,0].astype(v.dtype), weights.dtype)
-  else:
-    d_k = _product("nbgrij,nbgrik->nbgjk", d_scores, q, weights.dtype)
-    d_v = _product("nbgrij,nbgriv->nbgjv", weighted, d_out.astype(v.dtype), weights.dtype)
-  d_weights = _sum_to(d_weighted * scores, weights.shape)
-  return d_q.astype(q.dtype), d_k[:, :, :, None].astype(k.dtype), d_v[:, :, :, None].astype(v.dtype), d_weights
-
-
-def _sum_to(x, shape):
-  axes = tuple(i for i, n in enumerate(shape) if n != x.shape[i])
-  return x.sum(axes, keepdims=True)
+  d_q = product("nbgrij,nbgjk->nbgrik", d_scores, _shared(k))
+  d_k = product("nbgrij,nbgrik->nbgjk", d_scores, q)
+  d_v = product("nbgrij,nbgriv->nbgjv", weighted, d_out)
+  d_weights = d_weighted * scores
+  alone = [axis for axis, size in enumerate(weights.shape) if size == 1]
+  return (
+    d_q.astype(q.dtype),
+    d_k[:, :, :, None].astype(k.dtype),
+    d_v[:, :, :, None].astype(v.dtype),
+    d_weights.sum(alone, keepdims=True),
+  )
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
+
+
+def _shared(a):
+  """Keys or values [n, b, g, 1, j, ...], which the r query heads of a group share."""
+  return a[:, :, :, 0]
 
 
 def _read(q, state, weights):
@@ -152,7 +157,7 @@ def _weigh(weights, x):
 def _leave(k, v, weights):
   """`sum_j weights_j k_j v_j^T`: what every run adds to the state, [n, b, g, r, k, v]."""
   weighted = k.astype(weights.dtype) * weights[..., None]
-  return jnp.einsum("nbgrck,nbgcv->nbgrkv", weighted, v[:, :, :, 0].astype(weights.dtype))
+  return jnp.einsum("nbgrck,nbgcv->nbgrkv", weighted, _shared(v).astype(weights.dtype))
 
 
 def _untouched_if_masked(new, old, mask):
