@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
+from jax.experimental import multihost_utils
 
 from .data.packing import Batch, Documents, carried_batches
 from .data.tokenizers import Tokenizer
@@ -83,8 +84,8 @@ def carried_losses(
     if state is None:
       b, t = batch["inputs"].shape
       state = model.init_state(b, max_len=t)
-    losses, state = _piece(graphdef, form, params, variables, state, jax.device_put(batch))
-    yield batch, jax.device_get(losses)
+    losses, state = _piece(graphdef, form, params, variables, state, batch)
+    yield batch, multihost_utils.process_allgather(losses, tiled=True)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=4)
