@@ -73,6 +73,9 @@ def _stream(model, ids, max_new_tokens, sampling, seed):
   weights = (params, variables)
   prefill, decode = _programs(graphdef)
   b, t = ids.shape
+  # Few rows times a matrix take XLA for CPU a third less time if the matrix is transposed.
+  turned = b > 1 and jax.default_backend() == "cpu"
+  decode_weights = (jax.jit(_turned)(params), variables) if turned else weights
   state = model.init_state(b, max_len=t + max_new_tokens)
   for start in range(0, t, PREFILL_PIECE):
     piece = ids[:, start : start + PREFILL_PIECE]
@@ -84,7 +87,7 @@ def _stream(model, ids, max_new_tokens, sampling, seed):
   for n in range(max_new_tokens):
     token = _sample(logits, jax.random.fold_in(key, n), *sampling)
     if n + 1 < max_new_tokens:
-      logits, state = decode(weights, state, token)
+      logits, state = decode(decode_weights, state, token, turned=turned)
     yield np.asarray(token)
 
 
@@ -100,12 +103,21 @@ def _programs(graphdef):
     last = jax.lax.dynamic_index_in_dim(features, real - 1, axis=1)
     return model.read_out(last)[:, 0], state
 
-  @functools.partial(jax.jit, donate_argnums=1)
-  def decode(weights, state, token):
-    logits, state = nnx.merge(graphdef, *weights)(token[:, None], state, form="recurrent")
+  @functools.partial(jax.jit, donate_argnums=1, static_argnames="turned")
+  def decode(weights, state, token, turned=False):
+    params, variables = weights
+    model = nnx.merge(graphdef, _turned(params) if turned else params, variables)
+    logits, state = model(token[:, None], state, form="recurrent")
     return logits[:, 0], state
 
   return prefill, decode
+
+
+def _turned(params):
+  """Parameters with the matrices of linear layers transposed."""
+  return jax.tree.map_with_path(
+    lambda path, a: a.swapaxes(-1, -2) if path[-1].key == "kernel" else a, params
+  )
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3, 4, 5))

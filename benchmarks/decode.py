@@ -20,6 +20,7 @@ import numpy as np
 from flax import nnx
 
 from triform.arch import build
+from triform.arch.generation import _programs, _turned
 from triform.arch.interface import state_bytes
 from triform.arch.layout import split_model
 
@@ -38,23 +39,29 @@ class Stream:
     graphdef, *self.weights = split_model(model)
     ids = np.random.default_rng(0).integers(0, model.vocab_size, (batch, prompt))
     logits, self.state = jax.jit(functools.partial(model, form="chunkwise"))(ids)
-    self.token = jnp.argmax(logits[:, -1:], axis=-1)
+    self.token = jnp.argmax(logits[:, -1], axis=-1)
     if position is not None:
       self.state = jax.tree.map(
         lambda a: jnp.full_like(a, position) if a.dtype == jnp.uint32 else a, self.state
       )
 
-    @functools.partial(jax.jit, donate_argnums=(1, 2))
-    def step(weights, state, token):
-      logits, state = nnx.merge(graphdef, *weights)(token, state, form="recurrent")
-      return jnp.argmax(logits, axis=-1).astype(token.dtype), state
+    # As `generation.stream` does.
+    turned = batch > 1
+    if turned:
+      self.weights[0] = jax.jit(_turned)(self.weights[0])
+    decode = functools.partial(_programs(graphdef)[1], turned=turned)
+    greedy = jax.jit(lambda logits: jnp.argmax(logits, axis=-1))
+
+    def step(state, token):
+      logits, state = decode(self.weights, state, token)
+      return greedy(logits), state
 
     self._step = step
     self.run(1)  # compiles
 
   def run(self, tokens: int) -> None:
     for _ in range(tokens):
-      self.token, self.state = self._step(self.weights, self.state, self.token)
+      self.token, self.state = self._step(self.state, self.token)
     self.token.block_until_ready()
 
   def bytes_per_step(self) -> int:
