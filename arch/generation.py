@@ -114,9 +114,9 @@ def _programs(graphdef):
 
 
 def _turned(params):
-  """Parameters with the matrices of linear layers transposed."""
+  """Parameters with the matrices of linear layers transposed, but for those of scanned layers."""
   return jax.tree.map_with_path(
-    lambda path, a: a.swapaxes(-1, -2) if path[-1].key == "kernel" else a, params
+    lambda path, a: a.T if path[-1].key == "kernel" and a.ndim == 2 else a, params
   )
 
 

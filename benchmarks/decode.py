@@ -50,18 +50,18 @@ class Stream:
     if turned:
       self.weights[0] = jax.jit(_turned)(self.weights[0])
     decode = functools.partial(_programs(graphdef)[1], turned=turned)
-    greedy = jax.jit(lambda logits: jnp.argmax(logits, axis=-1))
 
-    def step(state, token):
-      logits, state = decode(self.weights, state, token)
-      return greedy(logits), state
+    @functools.partial(jax.jit, donate_argnums=(1, 2))
+    def step(weights, state, token):
+      logits, state = decode(weights, state, token)
+      return jnp.argmax(logits, axis=-1).astype(token.dtype), state
 
     self._step = step
     self.run(1)  # compiles
 
   def run(self, tokens: int) -> None:
     for _ in range(tokens):
-      self.token, self.state = self._step(self.state, self.token)
+      self.token, self.state = self._step(self.weights, self.state, self.token)
     self.token.block_until_ready()
 
   def bytes_per_step(self) -> int:

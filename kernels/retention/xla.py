@@ -229,25 +229,24 @@ def chunkwise(q, k, v, log_decay, state, reset, mask, *, chunk_size):
 
 def recurrent(q, k, v, log_decay, state, reset, mask):
   """One token after another, the state being all that is kept."""
-  b, _, h, key_size = q.shape
-  g, dtype = k.shape[2], _accumulator(q, k, v, state)
+  h, g, dtype = q.shape[2], k.shape[2], _accumulator(q, k, v, state)
   state = _zeros_state(q, v, dtype) if state is None else state.astype(dtype)
   log_decay = log_decay.astype(dtype)
 
   def step(state, token):
     q, k, v, per_token, reset, mask = token
-    decay = jnp.exp(log_decay if per_token is None else per_token).reshape(-1, g, h // g, 1, 1)
-    kept = decay * state
+    # The state keeps its shape: reshaped, XLA would not update it in place.
+    kept = jnp.exp(log_decay[None] if per_token is None else per_token)[..., None, None] * state
     if reset is not None:  # not in the decay: 0 * NaN is NaN
-      kept = jnp.where(reset[:, None, None, None, None], 0, kept)
-    new = kept + k[:, :, None, :, None] * v[:, :, None, None, :]
+      kept = jnp.where(reset[:, None, None, None], 0, kept)
+    new = kept + k[..., None] * v[:, :, None]
     if mask is not None:
-      new = jnp.where(mask[:, None, None, None, None], new, state)
-    out = jnp.einsum("bgrkv,bgrk->bgrv", new, q.reshape(b, g, h // g, key_size))
-    return new, out.reshape(b, h, -1)
+      new = jnp.where(mask[:, None, None, None], new, state)
+    return new, jnp.einsum("bhkv,bhk->bhv", new, q)
 
+  k, v = jnp.repeat(k, h // g, axis=2), jnp.repeat(v, h // g, axis=2)
   per_token = log_decay if log_decay.ndim == 3 else None
   tokens = (q.astype(dtype), k.astype(dtype), v.astype(dtype), per_token, reset, mask)
   tokens = jax.tree.map(lambda a: jnp.swapaxes(a, 0, 1), tokens)
-  final, out = jax.lax.scan(step, state.reshape(b, g, h // g, key_size, -1), tokens)
-  return jnp.swapaxes(out, 0, 1).astype(v.dtype), final.reshape(state.shape)
+  final, out = jax.lax.scan(step, state, tokens)
+  return jnp.swapaxes(out, 0, 1).astype(v.dtype), final
