@@ -236,7 +236,8 @@ def recurrent(q, k, v, log_decay, state, reset, mask):
   def step(state, token):
     q, k, v, per_token, reset, mask = token
     # The state keeps its shape: reshaped, XLA would not update it in place.
-    kept = jnp.exp(log_decay[None] if per_token is None else per_token)[..., None, None] * state
+    decay = jnp.exp(log_decay[None] if per_token is None else per_token)[..., None, None]
+    kept = decay * state
     if reset is not None:  # not in the decay: 0 * NaN is NaN
       kept = jnp.where(reset[:, None, None, None], 0, kept)
     new = kept + k[..., None] * v[:, :, None]
