@@ -118,20 +118,19 @@ def _attend_forward(q, k, v, weights):
 
 def _attend_backward(residuals, d_out):
   q, k, v, weights, scores = residuals
-  weighted, d_out = (scores * weights).astype(v.dtype), d_out.astype(v.dtype)
+  weighted = (scores * weights).astype(v.dtype)
   product = functools.partial(jnp.einsum, preferred_element_type=weights.dtype)
   d_weighted = product("nbgriv,nbgjv->nbgrij", d_out, _shared(v))
-  d_scores = (d_weighted * weights).astype(k.dtype)
+  d_scores = d_weighted * weights
   d_q = product("nbgrij,nbgjk->nbgrik", d_scores, _shared(k))
   d_k = product("nbgrij,nbgrik->nbgjk", d_scores, q)
   d_v = product("nbgrij,nbgriv->nbgjv", weighted, d_out)
-  d_weights = d_weighted * scores
   alone = [axis for axis, size in enumerate(weights.shape) if size == 1]
   return (
     d_q.astype(q.dtype),
     d_k[:, :, :, None].astype(k.dtype),
     d_v[:, :, :, None].astype(v.dtype),
-    d_weights.sum(alone, keepdims=True),
+    (d_weighted * scores).sum(alone, keepdims=True),
   )
 
 
