@@ -11,7 +11,6 @@ from flax import nnx
 from triform import kernels
 
 from ..interface import Form, SequenceModule, check_call, state_dtype
-from ..layers.gate import silu_gate
 from ..layers.linear import Linear
 
 Decay = Literal["fixed", "learned", "gated"]
@@ -167,7 +166,7 @@ class Retention(SequenceModule):
       eps=self.eps,
       weight=None if self.norm_weight is None else self.norm_weight[...],
     )
-    y = self.output(silu_gate(self.gate(x), o.reshape(b, t, -1)))
+    y = self.output(jax.nn.silu(self.gate(x)) * o.reshape(b, t, -1))
     return y, RetentionState(kv.astype(state_dtype(self.dtype)), seen)
 
   def _log_decay(self, x):  # [h] or [b, t, h]
