@@ -71,11 +71,9 @@ def generate(model: LanguageModel, ids: Any, **options: Any) -> np.ndarray:  # i
 def _stream(model, ids, max_new_tokens, sampling, seed):
   graphdef, params, variables = split_model(model)
   weights = (params, variables)
-  prefill, decode = _programs(graphdef)
   b, t = ids.shape
-  # Few rows times a matrix take XLA for CPU a third less time if the matrix is transposed.
-  turned = b > 1 and jax.default_backend() == "cpu"
-  decode_weights = (jax.jit(_turned)(params), variables) if turned else weights
+  prefill, _ = _programs(graphdef)
+  decode, decode_weights = decoding_step(graphdef, weights, b)
   state = model.init_state(b, max_len=t + max_new_tokens)
   for start in range(0, t, PREFILL_PIECE):
     piece = ids[:, start : start + PREFILL_PIECE]
@@ -87,8 +85,21 @@ def _stream(model, ids, max_new_tokens, sampling, seed):
   for n in range(max_new_tokens):
     token = _sample(logits, jax.random.fold_in(key, n), *sampling)
     if n + 1 < max_new_tokens:
-      logits, state = decode(decode_weights, state, token, turned=turned)
+      logits, state = decode(decode_weights, state, token)
     yield np.asarray(token)
+
+
+def decoding_step(graphdef, weights, batch_size):
+  """`decode(weights, state, token) -> (logits, state)` of one token a row, and its weights.
+
+  Few rows times a matrix take XLA for CPU a third less time if the matrix is transposed, so there
+  the weights are a copy with transposed matrices. `state` is donated.
+  """
+  _, decode = _programs(graphdef)
+  if batch_size == 1 or jax.default_backend() != "cpu":
+    return decode, weights
+  params, variables = weights
+  return functools.partial(decode, turned=True), (jax.jit(_turned)(params), variables)
 
 
 @functools.lru_cache(maxsize=16)
