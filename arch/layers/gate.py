@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 
+@jax.custom_vjp
 def silu_gate(a: jax.Array, b: jax.Array) -> jax.Array:
   """`silu(a) b = a b / (1 + exp(-a))`, in at least float32; returned in the dtype of `a`.
 
@@ -11,28 +12,27 @@ def silu_gate(a: jax.Array, b: jax.Array) -> jax.Array:
   the forward pass and for the gradient of the weights that it is multiplied by. Differentiable in
   reverse mode only.
   """
-  dtype = jnp.promote_types(a.dtype, jnp.float32)
-  return _silu_gate(a.astype(dtype), b.astype(dtype)).astype(a.dtype)
+  dtype, a, b = a.dtype, _wide(a), _wide(b)
+  return (a * b / (1 + jnp.exp(-a))).astype(dtype)
 
 
-@jax.custom_vjp
-def _silu_gate(a, b):
-  return a * b / (1 + jnp.exp(-a))
+def _wide(x):
+  return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def _forward(a, b):
-  return _silu_gate(a, b), (a, b)
+  return silu_gate(a, b), (a, b)
 
 
 def _backward(residuals, dy):
   a, b = residuals
-  open_part = jax.nn.sigmoid(a)
-  silu = a * open_part
-  return dy * b * (open_part + silu * (1 - open_part)), dy * silu
+  wide_a, dy, open_part = _wide(a), _wide(dy), jax.nn.sigmoid(_wide(a))
+  silu = wide_a * open_part
+  d_a = dy * _wide(b) * (open_part + silu * (1 - open_part))
+  return d_a.astype(a.dtype), (dy * silu).astype(b.dtype)
 
 
-_silu_gate.defvjp(_forward, _backward)
-
+silu_gate.defvjp(_forward, _backward)
 
 # What a gated layer multiplies, by the name of its activation.
 GATES = {

@@ -16,19 +16,22 @@ class RMSNorm(nnx.RMSNorm):
   """
 
   def __call__(self, x: jax.Array) -> jax.Array:  # [..., d] -> [..., d]
-    rows = x.reshape(-1, x.shape[-1]).astype(jnp.promote_types(x.dtype, jnp.float32))
-    weight = self.scale[...].astype(rows.dtype)
-    dtype = jnp.result_type(x, self.scale[...]) if self.dtype is None else self.dtype
-    return _norm(rows, weight, self.epsilon).reshape(x.shape).astype(dtype)
+    scale = self.scale[...]
+    dtype = jnp.result_type(x, scale) if self.dtype is None else self.dtype
+    return _norm(x.reshape(-1, x.shape[-1]), scale, self.epsilon).reshape(x.shape).astype(dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _norm(x, weight, epsilon):
-  return x * _factor(x, epsilon) * weight[None]
+  normed, _ = _normed(x, epsilon)
+  return normed * weight.astype(normed.dtype)[None]
 
 
-def _factor(x, epsilon):
-  return jax.lax.rsqrt(jnp.mean(x * x, axis=1, keepdims=True) + epsilon)
+def _normed(x, epsilon):
+  """`x` of norm 1, and the factor that makes it so."""
+  x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+  factor = jax.lax.rsqrt(jnp.mean(x * x, axis=1, keepdims=True) + epsilon)
+  return x * factor, factor
 
 
 def _forward(x, weight, epsilon):
@@ -37,11 +40,10 @@ def _forward(x, weight, epsilon):
 
 def _backward(epsilon, residuals, dy):
   x, weight = residuals
-  factor = _factor(x, epsilon)
-  normed = x * factor
-  weighted = dy * weight[None]
+  normed, factor = _normed(x, epsilon)
+  weighted = dy * weight.astype(dy.dtype)[None]
   dx = factor * (weighted - normed * jnp.mean(weighted * normed, axis=1, keepdims=True))
-  return dx, (dy * normed).sum(axis=0)
+  return dx.astype(x.dtype), (dy * normed).sum(axis=0).astype(weight.dtype)
 
 
 _norm.defvjp(_forward, _backward)
