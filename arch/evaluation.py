@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
+from jax.experimental import multihost_utils
 
 from .data.packing import Batch, Documents, carried_batches
 from .data.tokenizers import Tokenizer
@@ -85,8 +86,8 @@ def carried_losses(
   for batch in batches:
     if state is None:
       state = model.init_state(len(batch["inputs"]))
-    losses, state = _piece(graphdef, form, params, variables, state, jax.device_put(batch))
-    yield batch, jax.device_get(losses)
+    losses, state = _piece(graphdef, form, params, variables, state, batch)
+    yield batch, multihost_utils.process_allgather(losses, tiled=True)
 
 
 def _restarted(batches: Iterable[Batch], max_len: int) -> Iterator[Batch]:

@@ -44,6 +44,10 @@ def make_mesh(spec: str, devices: Sequence[jax.Device] | None = None) -> Mesh:
     given = len(devices)
   if given > len(devices):
     raise ValueError(f"mesh is {spec!r} of {given} devices, but there are {len(devices)}")
+  if given < len(devices) and devices[0].process_index != devices[-1].process_index:
+    raise ValueError(
+      f"mesh is {spec!r} of {given} devices, expected all {len(devices)} of the several processes"
+    )
   return Mesh(
     np.asarray(devices[:given]).reshape(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES)
   )

@@ -20,6 +20,7 @@ import numpy as np
 from flax import nnx
 
 from triform.arch import build
+from triform.arch.generation import decoding_step
 from triform.arch.interface import state_bytes
 from triform.arch.layout import split_model
 
@@ -35,18 +36,20 @@ class Stream:
 
   def __init__(self, batch: int, *, scan_layers: bool, prompt: int, position: int | None = None):
     model = build(measure.MODEL | {"scan_layers": scan_layers}, rngs=nnx.Rngs(0))
-    graphdef, *self.weights = split_model(model)
+    graphdef, *weights = split_model(model)
     ids = np.random.default_rng(0).integers(0, model.vocab_size, (batch, prompt))
     logits, self.state = jax.jit(functools.partial(model, form="chunkwise"))(ids)
-    self.token = jnp.argmax(logits[:, -1:], axis=-1)
+    self.token = jnp.argmax(logits[:, -1], axis=-1)
     if position is not None:
       self.state = jax.tree.map(
         lambda a: jnp.full_like(a, position) if a.dtype == jnp.uint32 else a, self.state
       )
 
+    decode, self.weights = decoding_step(graphdef, weights, batch)
+
     @functools.partial(jax.jit, donate_argnums=(1, 2))
     def step(weights, state, token):
-      logits, state = nnx.merge(graphdef, *weights)(token, state, form="recurrent")
+      logits, state = decode(weights, state, token)
       return jnp.argmax(logits, axis=-1).astype(token.dtype), state
 
     self._step = step

@@ -26,7 +26,7 @@ import optax
 from flax import nnx
 
 from triform.arch import build
-from triform.arch.generation import _programs
+from triform.arch.generation import decoding_step
 from triform.arch.layout import split_model
 from triform.arch.training.step import TrainState, make_train_step
 
@@ -69,7 +69,7 @@ def training(scan_layers: bool):
 def decoding(scan_layers: bool):
   model = small_model(scan_layers)
   graphdef, *weights = split_model(model)
-  decode = _programs(graphdef)[1]
+  decode, weights = decoding_step(graphdef, weights, 1)
   held = {"state": model.init_state(1), "token": jnp.zeros(1, jnp.int32)}
 
   def step():

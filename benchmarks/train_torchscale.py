@@ -11,7 +11,8 @@ are, a neighbour had the rest.
 
 Both mix 512 tokens at once (the parallel form). Longer sequences torchscale mixes in chunks of 512,
 its default, and we in chunks of 128, ours. Beside our row scale torchscale divides by sums of
-absolute scores, which we do not need.
+absolute scores, which we do not need. `GLIBC_TUNABLES=glibc.malloc.hugetlb=1` before the command
+gives both sides huge pages, and so fewer page faults; `glibc_tunables` in a row tells.
 """
 
 import argparse
@@ -202,6 +203,7 @@ def row(shape: str, pinned: bool, options) -> tuple[dict, dict]:
   found = {
     "shape": shape,
     "pinned": pinned,
+    "glibc_tunables": os.environ.get("GLIBC_TUNABLES", ""),
     "ours_seconds": measure.median(mine),
     "theirs_seconds": measure.median(yours),
     "speedup": measure.ratio(yours, mine),

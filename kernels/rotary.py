@@ -5,6 +5,8 @@ A float32 product `position * angle` is off by 0.02 rad at a million tokens. Her
 product `position * step`, which wraps at a whole turn exactly as an angle does.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -37,8 +39,16 @@ def rotate(
   Computed in at least float32 and returned in the dtype of `x`.
   """
   dtype = jnp.promote_types(x.dtype, jnp.float32)
-  angle = phase.astype(jnp.int32).astype(dtype)[:, :, None] * dtype.type(2 * np.pi / TURN)
-  cos, sin = jnp.cos(angle), jnp.sin(angle)
+
+  def sine(phase):
+    return jnp.sin(phase.astype(jnp.int32).astype(dtype) * dtype.type(2 * np.pi / TURN))
+
+  # XLA for CPU would compute them again for every head, half and layer that reads them, but for a
+  # loop, which it leaves alone.
+  phases = jnp.stack([phase + np.uint32(TURN // 4), phase])[:, :, :, None]
+  cos, sin = jax.lax.platform_dependent(
+    phases, cpu=functools.partial(jax.lax.map, sine), default=sine
+  )
   first, second = jnp.split(x.astype(dtype), 2, axis=-1)
   rotated = (first * cos - second * sin, first * sin + second * cos)
   return jnp.concatenate(rotated, axis=-1).astype(x.dtype)

@@ -1,5 +1,6 @@
 """Settings every test runs under: CPU, no silent rank promotion, reproducible examples."""
 
+import gc
 import os
 import re
 
@@ -17,6 +18,8 @@ if jax.__version_info__ < (0, 11):  # later versions have but one code generator
 os.environ["XLA_FLAGS"] = QUICK + os.environ.get("XLA_FLAGS", "")
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+gc.set_threshold(100_000, 50, 100)  # tracing makes millions of objects, few of them garbage
 
 DRAWN = r"(-parallel|-chunkwise|-recurrent|-\(\d+, \d+\))?(-b?float\d+)?"
 LAW = re.compile(rf"test_laws.py::.*\[(.*?){DRAWN}\]$")

@@ -134,14 +134,20 @@ register("retnet-torchscale", language_model(scan_layers=False), distinct_ids(VO
 register(
   "retnet-fla", language_model(dialect="fla", scan_layers=True), distinct_ids(VOCAB), table=table
 )
-register("attention-rotary", attention(num_heads=4, num_kv_heads=2), vectors(D))
-register("attention-relative", attention(position="relative"), vectors(D))
-register("attention-window", attention(window=3), vectors(D))
-register("mdha-window", attention(MultiDConvHeadAttention, window=3, num_kv_heads=1), vectors(D))
+register("attention-rotary", attention(num_heads=4, num_kv_heads=2), vectors(D), slow=True)
+register("attention-relative", attention(position="relative"), vectors(D), slow=True)
+register("attention-window", attention(window=3), vectors(D), slow=True)
+register(
+  "mdha-window",
+  attention(MultiDConvHeadAttention, window=3, num_kv_heads=1),
+  vectors(D),
+  slow=True,
+)
 register(
   "mdha-shared",
   attention(MultiDConvHeadAttention, shared_qk=True, position="relative", scale=1.0),
   vectors(D),
+  slow=True,
 )
 register(
   "transformer",
@@ -154,6 +160,7 @@ register(
   transformer(TransformerPlusPlus, window=5, num_kv_heads=1, scan_layers=False),
   distinct_ids(VOCAB),
   table=table,
+  slow=True,
 )
 register(
   "primer",

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.nnx.nn.initializers import Initializer
 
+from .gate import GATES
 from .linear import Linear
 
 
@@ -69,7 +70,8 @@ class FeedForward(nnx.Module):
     param_dtype: Any = jnp.float32,
     rngs: nnx.Rngs,
   ):
-    _check_activation(activation)
+    if activation not in ACTIVATIONS:
+      raise ValueError(f"activation is {activation!r}, expected one of {', '.join(ACTIVATIONS)}")
     linear = functools.partial(
       Linear,
       kernel_init=kernel_init or nnx.initializers.lecun_normal(),
@@ -102,7 +104,8 @@ class GatedFeedForward(nnx.Module):
     param_dtype: Any = jnp.float32,
     rngs: nnx.Rngs,
   ):
-    _check_activation(activation)
+    if activation not in GATES:
+      raise ValueError(f"activation is {activation!r}, expected one of {', '.join(GATES)}")
     linear = functools.partial(
       Linear,
       kernel_init=kernel_init or nnx.initializers.lecun_normal(),
@@ -116,9 +119,4 @@ class GatedFeedForward(nnx.Module):
     self.output = linear(hidden, d_model)
 
   def __call__(self, x: jax.Array) -> jax.Array:  # [b, t, d] -> [b, t, d]
-    return self.output(ACTIVATIONS[self.activation](self.input(x)) * self.gate(x))
-
-
-def _check_activation(name: str) -> None:
-  if name not in ACTIVATIONS:
-    raise ValueError(f"activation is {name!r}, expected one of {', '.join(ACTIVATIONS)}")
+    return self.output(GATES[self.activation](self.input(x), self.gate(x)))

@@ -9,6 +9,7 @@ from flax import nnx
 
 from ..closest import closest
 from ..layers.feed_forward import GatedFeedForward
+from ..layers.norm import RMSNorm
 from ..mixers import MIXERS
 from .language_model import LanguageModel
 from .stack import Block
@@ -50,7 +51,7 @@ class Hybrid(LanguageModel):
     rngs: nnx.Rngs,
   ):
     dtypes = {"dtype": jnp.dtype(dtype or param_dtype), "param_dtype": jnp.dtype(param_dtype)}
-    norm = functools.partial(nnx.RMSNorm, d_model, epsilon=eps, **dtypes)
+    norm = functools.partial(RMSNorm, d_model, epsilon=eps, **dtypes)
 
     def make_block(name: str, options: dict[str, Any], rngs: nnx.Rngs) -> Block:
       options = {"num_heads": num_heads, "chunk_size": chunk_size, **options}

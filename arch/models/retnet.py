@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from ..layers.feed_forward import GatedFeedForward
+from ..layers.norm import RMSNorm
 from ..mixers.retention import Decay, Dialect, Retention
 from .language_model import LanguageModel
 from .stack import Block
@@ -49,7 +50,7 @@ class RetNet(LanguageModel):
   ):
     dtypes = {"dtype": jnp.dtype(dtype or param_dtype), "param_dtype": jnp.dtype(param_dtype)}
     fla = dialect == "fla"
-    norm = functools.partial(nnx.RMSNorm, d_model, epsilon=eps, **dtypes)
+    norm = functools.partial(RMSNorm, d_model, epsilon=eps, **dtypes)
 
     def make_block(rngs: nnx.Rngs) -> Block:
       return Block(

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from ..layers.feed_forward import FeedForward, GatedFeedForward
+from ..layers.norm import RMSNorm
 from ..mixers.attention import DEFAULT_MAX_LEN, Attention, Position, RelativeBias
 from .language_model import LanguageModel
 from .stack import Block
@@ -17,7 +18,7 @@ Norm = Literal["layer", "rms"]
 def make_norm(kind: Norm, d_model: int, *, eps: float, rngs: nnx.Rngs, **dtypes: Any) -> nnx.Module:
   """`"layer"`: LayerNorm; `"rms"`: RMSNorm."""
   if kind == "rms":
-    return nnx.RMSNorm(d_model, epsilon=eps, **dtypes, rngs=rngs)
+    return RMSNorm(d_model, epsilon=eps, **dtypes, rngs=rngs)
   if kind == "layer":  # the fast variance is a difference of nearly equal terms
     return nnx.LayerNorm(d_model, epsilon=eps, use_fast_variance=False, **dtypes, rngs=rngs)
   raise ValueError(f"norm is {kind!r}, expected layer or rms")

@@ -20,6 +20,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 
+from .. import hosts
+
 ITEM = "default"
 SIZES = "sizes.json"
 
@@ -37,7 +39,8 @@ class Checkpoints:
   method once it is known, at the latest by `close`.
 
   Args:
-    folder: where checkpoints are kept; created if need be. Only one process may save there.
+    folder: where checkpoints are kept; created if need be. Only one run may save there, and of
+      several processes all make the same calls.
     keep: how many of the newest checkpoints stay; older ones are deleted.
   """
 
@@ -94,10 +97,12 @@ class Checkpoints:
     if not steps:
       return None
     step, tree = _restore_newest(self._folder, steps, abstract_tree)
-    for damaged in (s for s in steps if s > step):
-      aside = self._folder / f"{damaged}.unreadable"
-      shutil.rmtree(aside, ignore_errors=True)
-      (self._folder / str(damaged)).rename(aside)
+    if hosts.is_first():
+      for damaged in (s for s in steps if s > step):
+        aside = self._folder / f"{damaged}.unreadable"
+        shutil.rmtree(aside, ignore_errors=True)
+        (self._folder / str(damaged)).rename(aside)
+    hosts.wait()
     self._manager.reload()
     return step, tree
 
@@ -239,7 +244,7 @@ def _shapes(tree: Any) -> dict[str, tuple]:
 def _with_sharding(leaf: Any) -> Any:
   # Without one, orbax takes that of the file, whose devices may not exist here.
   if isinstance(leaf, jax.ShapeDtypeStruct) and leaf.sharding is None:
-    default = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    default = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=default)
   return leaf
 

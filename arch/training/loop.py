@@ -13,19 +13,19 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from .. import flops
+from .. import flops, hosts
 from ..caches import enable_compilation_cache
-from ..data.text import load_text
+from ..data.text import TextData, load_text
 from ..data.tokenizers import load_tokenizer
 from ..evaluation import bits_per_byte, evaluate
 from ..interface import FORMS
 from ..layout import to_stacked
-from ..loading import initial_parameters
+from ..loading import InitialParameters, initial_parameters
 from ..sharding import make_mesh
 from . import workdir as workdirs
 from .best import Best
 from .checkpoints import Checkpoints, has_checkpoint
-from .config_json import flatten
+from .config_json import encode_config, flatten
 from .metrics import MetricWriter
 from .optimizer import schedule
 from .profile import Profiler
@@ -69,45 +69,36 @@ def train(config: ConfigDict, workdir: str | os.PathLike, *, profile: bool = Fal
     NonFiniteError: when a loss or update is not finite; `nonfinite.json` in the work
       directory tells the step and its batch, and the state before it is the last one kept.
   """
-  _check(config)
-  workdirs.check(workdir, config)
-  with workdirs.lock(workdir):
+  with contextlib.ExitStack() as held:
+    with hosts.together():
+      _check(config)
+      if hosts.is_first():
+        workdirs.check(workdir, config)
+        held.enter_context(workdirs.lock(workdir))
+    hosts.check_same("the configuration", json.dumps(encode_config(config)))
     return _train(config, Path(workdir), profile)
 
 
 def _train(config: ConfigDict, workdir: Path, profile: bool) -> bool:
   if config.compilation_cache:
     enable_compilation_cache()
-  mesh = make_mesh(config.mesh)
-  # A resumed run keeps its tokenizer, even where the corpus has changed with the Python version;
-  # one that starts from another's parameters keeps the ids they know.
-  tokenizer_folder = workdir / "tokenizer"
-  resumes = has_checkpoint(workdir / "checkpoints")
-  initial = None
-  if resumes:
-    tokenizer = load_tokenizer(tokenizer_folder)
-  elif config.init_from is None:
-    tokenizer = None
-  else:
-    initial = initial_parameters(config.init_from, config.model)
-    tokenizer = initial.tokenizer
-    if tokenizer is None and config.data.tokenizer != "bytes":
-      raise ValueError(
-        f"{config.init_from} has parameters but no tokenizer, whose ids they know: expected its "
-        "tokenizer.model beside them, or data.tokenizer=bytes"
-      )
-  data = load_text(config.data, config.model.vocab_size, tokenizer)
-  batches = data.batches(
-    seq_len=config.seq_len,
-    batch_size=config.batch_size,
-    seed=config.seed,
-    host=jax.process_index(),
-    num_hosts=jax.process_count(),
-    workers=config.data.workers,
-  )
-  total_steps = count_steps(config, batches.steps)
-  program = make_program(config, mesh, total_steps)
-  meter = _Meter(config, workdir, total_steps, mesh, data.tokenizer.token_bytes)
+  with hosts.together():
+    mesh = make_mesh(config.mesh)
+    data, initial = _read(config, workdir)
+    batches = data.batches(
+      seq_len=config.seq_len,
+      batch_size=config.batch_size,
+      seed=config.seed,
+      host=jax.process_index(),
+      num_hosts=jax.process_count(),
+      workers=config.data.workers,
+    )
+    total_steps = count_steps(config, batches.steps)
+    program = make_program(config, mesh, total_steps)
+    meter = _Meter(config, workdir, total_steps, mesh, data.tokenizer.token_bytes)
+  documents = (*data.train, data.validation)
+  sizes = [(len(part.tokens), len(part)) for part in documents]
+  hosts.check_same("the text, or its tokenizer,", f"{data.tokenizer.fingerprint} {sizes}")
 
   with (
     Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep) as checkpoints,
@@ -116,25 +107,29 @@ def _train(config: ConfigDict, workdir: Path, profile: bool) -> bool:
   ):
     restored = checkpoints.restore_latest(program.stacked)
     start = 0 if restored is None else restored[0]
+    first = hosts.is_first()
     if start >= total_steps:
-      print(
-        f"{workdir} is trained to step {start} of {total_steps}, so there is nothing to do: give "
-        "another --workdir for a new run, or more steps to go on"
-      )
+      if first:
+        print(
+          f"{workdir} is trained to step {start} of {total_steps}, so there is nothing to do: give "
+          "another --workdir for a new run, or more steps to go on"
+        )
       return True
-    # Only now: a run that was mistyped must not keep the work directory for itself.
-    changes = workdirs.prepare(workdir, config)
-    data.tokenizer.save(tokenizer_folder)
-    workdirs.write_parameter_table(workdir, program.abstract.params)
+    with hosts.together():
+      if first:  # and only now: a run that was mistyped must not keep the work directory for itself
+        changes = workdirs.prepare(workdir, config)
+        data.tokenizer.save(workdir / "tokenizer")
+        workdirs.write_parameter_table(workdir, program.abstract.params)
+        if restored is not None:
+          print(f"resuming {workdir} from step {start}", *changes, sep="\n  ", flush=True)
     if restored is None:
       state = program.init(None if initial is None else initial.leaves)
     else:
       state = program.from_stacked(restored[1])
-      print(f"resuming {workdir} from step {start}", *changes, sep="\n  ", flush=True)
 
     with (
-      MetricWriter(workdir, total_steps=total_steps, start_step=start) as writer,
-      Profiler(workdir / "profile", start, enabled=profile) as profiler,
+      MetricWriter(workdir, total_steps=total_steps, start_step=start, enabled=first) as writer,
+      Profiler(workdir / "profile", start, enabled=profile and first) as profiler,
       contextlib.closing(batches.iterate(start)) as upcoming,
     ):
 
@@ -149,7 +144,7 @@ def _train(config: ConfigDict, workdir: Path, profile: bool) -> bool:
       placed = program.put(batch)
       last = None  # of the step before, read while the device works on this one
       step = start
-      while step < total_steps and not stopped.is_set():
+      while step < total_steps and not _stops(config, step, stopped.is_set()):
         state, metrics = program.step(state, placed, np.int32(step))
         step += 1
         if last is not None:
@@ -172,6 +167,33 @@ def _train(config: ConfigDict, workdir: Path, profile: bool) -> bool:
         meter.read(writer, *last)
       checkpoints.save(step, to_stacked(state))
   return step == total_steps
+
+
+def _read(config: ConfigDict, workdir: Path) -> tuple[TextData, InitialParameters | None]:
+  """The text of a run, and the parameters that it starts from, unless these are random or its own.
+
+  A resumed run keeps its tokenizer, even where the corpus has changed with the Python version;
+  one that starts from another's parameters keeps the ids they know.
+  """
+  tokenizer, initial = None, None
+  if has_checkpoint(workdir / "checkpoints"):
+    tokenizer = load_tokenizer(workdir / "tokenizer")
+  elif config.init_from is not None:
+    initial = initial_parameters(config.init_from, config.model)
+    tokenizer = initial.tokenizer
+    if tokenizer is None and config.data.tokenizer != "bytes":
+      raise ValueError(
+        f"{config.init_from} has parameters but no tokenizer, whose ids they know: expected its "
+        "tokenizer.model beside them, or data.tokenizer=bytes"
+      )
+  return load_text(config.data, config.model.vocab_size, tokenizer), initial
+
+
+def _stops(config: ConfigDict, step: int, asked: bool) -> bool:
+  """Whether to stop after `step` steps: at once, or with all other processes when they log."""
+  if jax.process_count() > 1:
+    return step % config.log_every_steps == 0 and hosts.total(asked) > 0
+  return asked
 
 
 def count_steps(config: ConfigDict, steps_of_epochs: Callable[[float], int]) -> int:
@@ -200,7 +222,7 @@ class _Meter:
     self._total_steps = total_steps
     self._schedule = schedule(config.optimizer, total_steps)
     self._flops_per_token = flops.train_flops_per_token(config.model, config.seq_len, config.form)
-    self._peak = (config.peak_flops or flops.peak_flops(mesh.devices.flat[0])) * mesh.size
+    self._peak = (config.peak_flops or flops.peak_flops(mesh.local_devices[0])) * mesh.size
     self._tokens, self._since = 0, None
 
   def read(self, writer: MetricWriter, step: int, batch: dict, metrics: dict):
@@ -212,10 +234,11 @@ class _Meter:
     if self._since is None:  # the first step compiles
       self._since = now
     else:
-      self._tokens += batch["inputs"].size
+      self._tokens += batch["inputs"].size * jax.process_count()
     if step % self._config.log_every_steps and step != self._total_steps:
       return
     text_bytes = int(self._token_bytes[batch["targets"]][batch["loss_mask"]].sum())
+    text_bytes = hosts.total(text_bytes)
     record = {
       "loss": metrics["loss"],
       "bits_per_byte": bits_per_byte(metrics["total_loss"], text_bytes),
@@ -249,7 +272,8 @@ class _Meter:
       "inputs": batch["inputs"].tolist(),
     }
     path = self._workdir / "nonfinite.json"
-    workdirs.write_atomically(path, json.dumps(identity) + "\n")
+    if hosts.is_first():
+      workdirs.write_atomically(path, json.dumps(identity) + "\n")
     raise NonFiniteError(
       f"step {step}: loss {metrics['loss']}, gradient norm {metrics['gradient_norm']}; "
       f"the batch is in {path}"

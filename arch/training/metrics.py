@@ -27,9 +27,15 @@ class MetricWriter:
     workdir: an existing folder.
     total_steps: the step at which the run ends, for the progress bar and the time left.
     start_step: the step the run continues from, 0 for a new one.
+    enabled: write anything; of several processes only one does.
   """
 
-  def __init__(self, workdir: str | os.PathLike, *, total_steps: int, start_step: int):
+  def __init__(
+    self, workdir: str | os.PathLike, *, total_steps: int, start_step: int, enabled: bool = True
+  ):
+    self._enabled = enabled
+    if not enabled:
+      return
     path = Path(workdir) / "metrics.jsonl"
     if path.exists():
       write_atomically(path, _without_lost_steps(path.read_text(), start_step))
@@ -52,6 +58,8 @@ class MetricWriter:
     self.close()
 
   def close(self) -> None:
+    if not self._enabled:
+      return
     if self._bar is not None:
       self._bar.close()
     self._tensorboard.close()
@@ -59,6 +67,8 @@ class MetricWriter:
 
   def write(self, step: int, metrics: dict[str, float]) -> None:
     """Records `metrics` of `step` everywhere. Values are Python, NumPy or JAX scalars."""
+    if not self._enabled:
+      return
     self.advance(step)
     shown = {name: float(value) for name, value in metrics.items()}
     metrics = shown | self._eta(step)
@@ -76,6 +86,8 @@ class MetricWriter:
 
   def advance(self, step: int) -> None:
     """Tells that `step` is done; cheap enough for every step."""
+    if not self._enabled:
+      return
     if self._first is None:
       self._first = step, time.monotonic()
     if self._bar is not None:

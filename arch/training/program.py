@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from ..interface import SequenceModule
@@ -122,7 +123,7 @@ def make_program(
     placed_step,
     donate_argnums=0,
     in_shardings=(_shardings(abstract), batch_sharding(mesh), None),
-    out_shardings=(_shardings(abstract), None),
+    out_shardings=(_shardings(abstract), NamedSharding(mesh, P())),
   )
   return Program(config, mesh, graphdef, abstract, stacked, compiled, make, begin)
 

@@ -15,6 +15,7 @@ query heads to a key/value head: products and the scan over runs then take them 
 axis on which nothing depends has size 1.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -97,18 +98,48 @@ def _accumulator(q, k, v, state) -> jnp.dtype:
   return jnp.result_type(jnp.float32, *dtypes)
 
 
+@jax.custom_vjp
 def _attend(q, k, v, weights):
-  """`((q k^T) * weights) v` with q [n, b, g, r, i, k], k and v [n, b, g, 1, j, ...]."""
-  scores = jnp.einsum(
-    "nbgrik,nbgjk->nbgrij", q, k[:, :, :, 0], preferred_element_type=weights.dtype
+  """`((q k^T) * weights) v` with q [n, b, g, r, i, k], k and v [n, b, g, 1, j, ...].
+
+  Its derivative is written out for the order of operands, which decides what XLA for CPU copies:
+  it transposes the small scores, not the wide values and outputs.
+  """
+  return _attend_forward(q, k, v, weights)[0]
+
+
+def _attend_forward(q, k, v, weights):
+  dtype = weights.dtype
+  scores = jnp.einsum("nbgrik,nbgjk->nbgrij", q, _shared(k), preferred_element_type=dtype)
+  weighted = (scores * weights).astype(v.dtype)
+  out = jnp.einsum("nbgrij,nbgjv->nbgriv", weighted, _shared(v), preferred_element_type=dtype)
+  return out, (q, k, v, weights, scores)
+
+
+def _attend_backward(residuals, d_out):
+  q, k, v, weights, scores = residuals
+  weighted = (scores * weights).astype(v.dtype)
+  product = functools.partial(jnp.einsum, preferred_element_type=weights.dtype)
+  d_weighted = product("nbgriv,nbgjv->nbgrij", d_out, _shared(v))
+  d_scores = d_weighted * weights
+  d_q = product("nbgrij,nbgjk->nbgrik", d_scores, _shared(k))
+  d_k = product("nbgrij,nbgrik->nbgjk", d_scores, q)
+  d_v = product("nbgrij,nbgriv->nbgjv", weighted, d_out)
+  alone = [axis for axis, size in enumerate(weights.shape) if size == 1]
+  return (
+    d_q.astype(q.dtype),
+    d_k[:, :, :, None].astype(k.dtype),
+    d_v[:, :, :, None].astype(v.dtype),
+    (d_weighted * scores).sum(alone, keepdims=True),
   )
-  # In the other order of operands, XLA for CPU compiles bfloat16 to a product it cannot run.
-  return jnp.einsum(
-    "nbgjv,nbgrij->nbgriv",
-    v[:, :, :, 0],
-    (scores * weights).astype(v.dtype),
-    preferred_element_type=weights.dtype,
-  )
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
+
+
+def _shared(a):
+  """Keys or values [n, b, g, 1, j, ...], which the r query heads of a group share."""
+  return a[:, :, :, 0]
 
 
 def _read(q, state, weights):
@@ -125,7 +156,7 @@ def _weigh(weights, x):
 def _leave(k, v, weights):
   """`sum_j weights_j k_j v_j^T`: what every run adds to the state, [n, b, g, r, k, v]."""
   weighted = k.astype(weights.dtype) * weights[..., None]
-  return jnp.einsum("nbgrck,nbgcv->nbgrkv", weighted, v[:, :, :, 0].astype(weights.dtype))
+  return jnp.einsum("nbgrck,nbgcv->nbgrkv", weighted, _shared(v).astype(weights.dtype))
 
 
 def _untouched_if_masked(new, old, mask):
@@ -197,25 +228,25 @@ def chunkwise(q, k, v, log_decay, state, reset, mask, *, chunk_size):
 
 def recurrent(q, k, v, log_decay, state, reset, mask):
   """One token after another, the state being all that is kept."""
-  b, _, h, key_size = q.shape
-  g, dtype = k.shape[2], _accumulator(q, k, v, state)
+  h, g, dtype = q.shape[2], k.shape[2], _accumulator(q, k, v, state)
   state = _zeros_state(q, v, dtype) if state is None else state.astype(dtype)
   log_decay = log_decay.astype(dtype)
 
   def step(state, token):
     q, k, v, per_token, reset, mask = token
-    decay = jnp.exp(log_decay if per_token is None else per_token).reshape(-1, g, h // g, 1, 1)
+    # The state keeps its shape: reshaped, XLA would not update it in place.
+    decay = jnp.exp(log_decay[None] if per_token is None else per_token)[..., None, None]
     kept = decay * state
     if reset is not None:  # not in the decay: 0 * NaN is NaN
-      kept = jnp.where(reset[:, None, None, None, None], 0, kept)
-    new = kept + k[:, :, None, :, None] * v[:, :, None, None, :]
+      kept = jnp.where(reset[:, None, None, None], 0, kept)
+    new = kept + k[..., None] * v[:, :, None]
     if mask is not None:
-      new = jnp.where(mask[:, None, None, None, None], new, state)
-    out = jnp.einsum("bgrkv,bgrk->bgrv", new, q.reshape(b, g, h // g, key_size))
-    return new, out.reshape(b, h, -1)
+      new = jnp.where(mask[:, None, None, None], new, state)
+    return new, jnp.einsum("bhkv,bhk->bhv", new, q)
 
+  k, v = jnp.repeat(k, h // g, axis=2), jnp.repeat(v, h // g, axis=2)
   per_token = log_decay if log_decay.ndim == 3 else None
   tokens = (q.astype(dtype), k.astype(dtype), v.astype(dtype), per_token, reset, mask)
   tokens = jax.tree.map(lambda a: jnp.swapaxes(a, 0, 1), tokens)
-  final, out = jax.lax.scan(step, state.reshape(b, g, h // g, key_size, -1), tokens)
-  return jnp.swapaxes(out, 0, 1).astype(v.dtype), final.reshape(state.shape)
+  final, out = jax.lax.scan(step, state, tokens)
+  return jnp.swapaxes(out, 0, 1).astype(v.dtype), final
