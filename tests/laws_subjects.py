@@ -169,14 +169,15 @@ register(
   table=table,
 )
 register(
-  "hybrid-scanned",
-  transformer(
-    Hybrid,
-    pattern="retention, attention(window=3)",
-    num_layers=3,
-    ffn_dim=8,
-    scan_layers=True,
-  ),
+  "hybrid",
+  transformer(Hybrid, pattern="attention(window=3), retention", scan_layers=True),
   distinct_ids(VOCAB),
   table=table,
+)
+register(
+  "hybrid-rest",
+  transformer(Hybrid, pattern="retention, attention(window=3)", num_layers=3, scan_layers=True),
+  distinct_ids(VOCAB),
+  table=table,
+  slow=True,
 )
