@@ -1,4 +1,8 @@
-"""Attention of some queries to some keys, by the best that JAX has on each platform."""
+"""Attention of some queries to some keys, by the best that JAX has on each platform.
+
+On GPUs that is XLA's. Of cuDNN's, JAX offers causal attention and windows but no documents: these
+would be an additive mask `[b, 1, t, t]` in memory, and its gradient as well.
+"""
 
 import jax
 import jax.numpy as jnp
