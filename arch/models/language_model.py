@@ -72,6 +72,7 @@ class LanguageModel(SequenceModule):
     x, state = self.stack(x, state, form=form, reset=reset, mask=mask, rngs=rngs)
     return self.norm(x), state
 
+  @jax.named_scope("logits")
   def read_out(self, features: jax.Array) -> jax.Array:
     logits = self.embedding.attend(features) if self.head is None else self.head(features)
     return logits.astype(state_dtype(logits.dtype))

@@ -1,0 +1,111 @@
+"""Closed forms: what a call of a module computes, layer by layer, from its sizes alone.
+
+`count(module, call)` looks its closed form up by the module's class. The file of a new layer brings
+its own:
+
+    @count.register
+    def _(layer: MyMixer, call: Call) -> Count:
+      return products(layer.projection, call) + ...
+
+They say what the program does, to the last addition, and tests hold them to `walk`. A training step
+is the gradient of the summed cross entropy of one row of tokens; what an optimizer does, and what
+pieces of the loss and of a batch add up, is not in it.
+"""
+
+import functools
+
+from flax import nnx
+
+from ..layers.feed_forward import GatedFeedForward
+from ..layers.linear import Linear
+from ..layers.norm import RMSNorm
+from ..models.language_model import LanguageModel
+from ..models.stack import Block, Stack
+from .work import Call, Count, Work
+
+
+@functools.singledispatch
+def count(module: nnx.Module, call: Call) -> Count:
+  """The work of `module` in a call.
+
+  Args:
+    module: with or without values, see `nnx.eval_shape`.
+    call: how it is called.
+
+  Raises:
+    NotImplementedError: for a class of modules that has no closed form.
+  """
+  raise NotImplementedError(
+    f"{type(module).__name__} has no closed form of its work; write one in the file that defines "
+    "it, with `@triform.arch.flops.count.register`"
+  )
+
+
+def fan_out(readers: int, width: int, call: Call) -> Count:
+  """What `readers` of one vector a token add: the sum of their gradients."""
+  return Count(backward=Work(vector=(readers - 1) * call.length * width))
+
+
+@count.register
+def _(layer: Linear, call: Call) -> Count:
+  flops = 2 * call.length * layer.in_features * layer.out_features
+  return Count(Work(matmul=flops), Work(matmul=2 * flops))
+
+
+@count.register
+def _(layer: RMSNorm, call: Call) -> Count:
+  t, d = call.length, layer.num_features
+  return Count(
+    Work(vector=t * (4 * d + 2), transcendental=t),
+    Work(vector=t * (11 * d + 3), transcendental=t),
+  )
+
+
+# Operations for every element of `gate(a, b)`, forward and backward: vector, transcendental.
+GATES = {"gelu": ((5, 1), (12, 1)), "relu": ((2, 0), (2, 0)), "silu": ((4, 1), (7, 1))}
+
+
+@count.register
+def _(layer: GatedFeedForward, call: Call) -> Count:
+  size = call.length * layer.input.out_features
+  gate = Count(*(Work(vector=v, transcendental=f) * size for v, f in GATES[layer.activation]))
+  projections = (layer.input, layer.gate, layer.output)
+  return total(projections, call) + gate + fan_out(2, layer.input.in_features, call)
+
+
+@count.register
+def _(block: Block, call: Call) -> Count:
+  t, d = call.length, block.mixer_norm.num_features
+  added = Count(Work(vector=2 * t * d), Work(vector=2 * t * d))
+  parts = (block.mixer_norm, block.mixer, block.feed_forward_norm, block.feed_forward)
+  return total(parts, call) + added
+
+
+@count.register
+def _(stack: Stack, call: Call) -> Count:
+  if stack.scan:
+    return count(stack.layers, call) * stack.num_layers
+  return total(stack.layers, call)
+
+
+@count.register
+def _(model: LanguageModel, call: Call) -> Count:
+  t, d, vocab = call.length, model.embedding.features, model.vocab_size
+  embedded = Count(Work(vector=t * d), Work(vector=2 * t * d))
+  logits = Count(Work(logits=2 * t * d * vocab), Work(logits=4 * t * d * vocab))
+  if model.head is None:  # the gradients of the table as what is read and as the head
+    logits += Count(backward=Work(vector=vocab * d))
+  counted = embedded + total((model.stack, model.norm), call) + logits
+  return counted + _loss(t, d, vocab) if call.training else counted
+
+
+def _loss(t: int, d: int, vocab: int) -> Count:
+  """Cross entropy, which forms its gradient with its value: all of it stands under forward."""
+  return Count(
+    Work(vector=t * (6 * vocab + d + 9) + 2 * d * vocab + 3, transcendental=t * (2 * vocab + 1))
+  )
+
+
+def total(modules, call: Call) -> Count:
+  """The work of modules that are called one after another."""
+  return sum((count(module, call) for module in modules), Count())
