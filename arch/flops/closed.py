@@ -75,17 +75,32 @@ def _(layer: GatedFeedForward, call: Call) -> Count:
 
 @count.register
 def _(block: Block, call: Call) -> Count:
-  t, d = call.length, block.mixer_norm.num_features
-  added = Count(Work(vector=2 * t * d), Work(vector=2 * t * d))
+  size = call.length * block.mixer_norm.num_features
+  added = Count(Work(vector=2 * size), Work(vector=2 * size))
+  if call.training and block.dropout.rate:  # random bits are made numbers, compared, scaled
+    added += Count(Work(vector=2 * (5 * size + 1)), Work(vector=2 * size))
   parts = (block.mixer_norm, block.mixer, block.feed_forward_norm, block.feed_forward)
   return total(parts, call) + added
 
 
 @count.register
 def _(stack: Stack, call: Call) -> Count:
-  if stack.scan:
-    return count(stack.layers, call) * stack.num_layers
-  return total(stack.layers, call)
+  layers = [stack.layers] * stack.num_layers if stack.scan else stack.layers
+  counted = total(layers, call)
+  if stack.remat == "none" or not call.training:
+    return counted
+  return counted + sum((_recomputed(layer, stack.remat, call) for layer in layers), Count())
+
+
+def _recomputed(block: Block, remat: str, call: Call) -> Count:
+  """All of a block but its last product and addition, or but all products with weights."""
+  forward = count(block, call).forward
+  kept = {
+    "full": count(block.feed_forward.output, call).forward,
+    "dots": Work(matmul=forward.matmul),
+  }[remat]
+  added = Work(vector=call.length * block.mixer_norm.num_features)
+  return Count(recompute=forward - kept - added)
 
 
 @count.register

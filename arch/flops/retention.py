@@ -15,9 +15,7 @@ def _(layer: Retention, call: Call) -> Count:
   if layer.decay == "gated":
     projections.append(layer.decay_gate)
   scaled_keys = Count(*[Work(vector=t * g * layer.key_size)] * 2)
-  gate = Count(
-    Work(vector=2 * t * h * v, transcendental=t * h * v), Work(vector=8 * t * h * v)
-  )
+  gate = Count(Work(vector=2 * t * h * v, transcendental=t * h * v), Work(vector=8 * t * h * v))
   return (
     total([*projections, layer.output], call)
     + fan_out(len(projections), d, call)

@@ -14,16 +14,17 @@ from .work import Work
 # Names of scopes (`jax.named_scope`) that tell what products are for; the others are `matmul`.
 SCOPES = ("convolution", "mixing", "logits")
 # One operation for every element of the result.
-VECTOR = frozenset(
-  "abs add add_any cummax cummin cumprod cumsum div integer_pow max min mul neg rem sign square "
-  "sub".split()
-)
-TRANSCENDENTAL = frozenset(
-  "acos acosh asin asinh atan atan2 atanh cbrt cos cosh erf erf_inv erfc exp exp2 expm1 log log1p "
-  "logistic pow rsqrt sin sinh sqrt tan tanh".split()
-)
+VECTOR = {
+  *("abs", "add", "add_any", "cummax", "cummin", "cumprod", "cumsum", "div", "integer_pow", "max"),
+  *("min", "mul", "neg", "rem", "sign", "square", "sub"),
+}
+TRANSCENDENTAL = {
+  *("acos", "acosh", "asin", "asinh", "atan", "atan2", "atanh", "cbrt", "cos", "cosh", "erf"),
+  *("erf_inv", "erfc", "exp", "exp2", "expm1", "log", "log1p", "logistic", "pow", "rsqrt", "sin"),
+  *("sinh", "sqrt", "tan", "tanh"),
+}
 # One operation for every term.
-REDUCTIONS = frozenset("reduce_max reduce_min reduce_prod reduce_sum".split())
+REDUCTIONS = {"reduce_max", "reduce_min", "reduce_prod", "reduce_sum"}
 
 
 def walk(f: Callable, *arguments: Any) -> Work:

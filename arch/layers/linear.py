@@ -5,6 +5,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+PRODUCT = "product"  # what a product with weights is called by where it is decided what to store
 
 
 class Linear(nnx.Linear):
@@ -21,7 +24,8 @@ class Linear(nnx.Linear):
   def __call__(self, x: jax.Array) -> jax.Array:  # [..., in] -> [..., out]
     kernel = self.kernel[...]
     dtype = jnp.result_type(x, kernel) if self.dtype is None else self.dtype
-    return _product(jnp.asarray(x, dtype), kernel.astype(dtype))
+    # By name, because what is within a gradient of our own is not seen by policies.
+    return checkpoint_name(_product(jnp.asarray(x, dtype), kernel.astype(dtype)), PRODUCT)
 
 
 @jax.custom_vjp
