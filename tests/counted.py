@@ -13,6 +13,15 @@ def abstract(config):
   return nnx.eval_shape(lambda: build(config, rngs=nnx.Rngs(0)))
 
 
+def calls(length, form):
+  """A training step, a prefill and a continuation."""
+  return (
+    Call(length, form, training=True),
+    Call(length, form),
+    Call(length, form, context=3),
+  )
+
+
 def closed(model, call: Call) -> Work:
   counted = count(model, call)
   return (

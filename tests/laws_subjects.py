@@ -7,15 +7,16 @@ from flax import nnx
 from laws_bench import SUBJECTS, distinct_ids, register, vectors
 from toy import ToyBlock
 
-from triform.arch import Block, Retention, RetentionState, RetNet, Stack
+from triform.arch import Block, Retention, RetentionState, Stack
 from triform.arch.layers.feed_forward import GatedFeedForward
 from triform.arch.mixers.retention import log_decays, rotary_angles
+from triform.arch.models.registry import ARCHITECTURES
 from triform.kernels import rotary_steps
 from triform.kernels.retention import reference
 
 __all__ = ["SUBJECTS", "D"]  # all registered, for who takes them from here
 
-D, VOCAB = 8, 32
+D = 8
 
 
 def retention_oracle(variables, x, state, reset, mask, *, dialect, eps=1e-6):
@@ -89,14 +90,16 @@ def stack(scan, one):
   return make
 
 
-def language_model(**options):
-  sizes = {"vocab_size": VOCAB, "d_model": D, "num_layers": 2, "num_heads": 2}
-  sizes |= {"value_dim": 16, "ffn_dim": 12, "chunk_size": 4}
-  return functools.partial(RetNet, **sizes | options)
-
-
-def table(parameters):
-  return parameters["embedding"]["embedding"]
+def register_architecture(name, variant="", **options):
+  """A language model that `models.registry` knows, as it is small; `options` make a variant."""
+  architecture = ARCHITECTURES[name]
+  sizes = {**architecture.small, **options}
+  register(
+    "-".join(filter(None, (name, variant))),
+    functools.partial(architecture.model, **sizes),
+    distinct_ids(sizes["vocab_size"]),
+    table=lambda parameters: parameters["embedding"]["embedding"],
+  )
 
 
 register("retention-fixed", retention(), vectors(D), oracle=oracle("torchscale"))
@@ -109,7 +112,5 @@ register("stack-scanned", stack(True, retention()), vectors(D))
 register("stack-unrolled", stack(False, retention()), vectors(D))
 register("toy", functools.partial(ToyBlock, D), vectors(D), trains=True)
 register("toy-scanned", stack(True, functools.partial(ToyBlock, D)), vectors(D), trains=True)
-register("retnet-torchscale", language_model(scan_layers=False), distinct_ids(VOCAB), table=table)
-register(
-  "retnet-fla", language_model(dialect="fla", scan_layers=True), distinct_ids(VOCAB), table=table
-)
+register_architecture("retnet")
+register_architecture("retnet", "fla", dialect="fla", scan_layers=True)

@@ -9,35 +9,39 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
-from counted import abstract, closed, traced
+from counted import abstract, calls, closed, traced
 from flax import nnx
 
 from triform.arch import RetNet, SequenceModule, build, flops
 from triform.arch.flops import Call, Work, count, walk
 from triform.arch.flops.report import report, table
 from triform.arch.interface import FORMS
+from triform.arch.models.registry import ARCHITECTURES
 from triform.arch.training.config import default_config
 
-SIZES = {
-  "vocab_size": 11, "d_model": 8, "num_layers": 2, "num_heads": 4, "ffn_dim": 10,
-  "chunk_size": 4, "scan_layers": False,
-}  # fmt: skip
-# One configuration of each architecture, and one for every option that its count depends on.
-SUBJECTS = {
-  "retnet": {"architecture": "retnet", "value_dim": 12},
-  "retnet-learned": {"architecture": "retnet", "value_dim": 12, "decay": "learned"},
-  "retnet-gated": {"architecture": "retnet", "value_dim": 12, "decay": "gated"},
-  "retnet-fla": {"architecture": "retnet", "value_dim": 12, "dialect": "fla", "activation": "relu"},
+# Every architecture as it is small, and what else its count depends on.
+NAMES = [name for name, known in ARCHITECTURES.items() if "triform" in known.model.__module__]
+VARIANTS = {
+  "retnet-learned": {"decay": "learned"},
+  "retnet-gated": {"decay": "gated"},
+  "retnet-fla": {"dialect": "fla", "activation": "relu"},
   "retnet-grouped": {
-    "architecture": "retnet", "value_dim": 12, "num_kv_heads": 2, "key_dim": 16,
-    "dtype": "bfloat16", "activation": "gelu", "tie_embeddings": True, "dropout": 0.1,
+    "num_heads": 4, "num_kv_heads": 2, "key_dim": 16, "value_dim": 12, "dtype": "bfloat16",
+    "activation": "gelu", "tie_embeddings": True, "dropout": 0.1,
   },
 }  # fmt: skip
+SUBJECTS = [*NAMES, *(pytest.param(name, marks=pytest.mark.slow) for name in VARIANTS)]
 LENGTHS = (7, 8, 300)  # with chunks of 4 and blocks of 128: ragged, whole, several blocks
 
 
+def options(name):
+  architecture = name.partition("-")[0]
+  small = ARCHITECTURES[architecture].small
+  return {"architecture": architecture, **small, "scan_layers": False, **VARIANTS.get(name, {})}
+
+
 def model(name, **changes):
-  return abstract({**SIZES, **SUBJECTS[name], **changes})
+  return abstract({**options(name), **changes})
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -45,11 +49,7 @@ def model(name, **changes):
 def test_closed_forms_are_exact(name, form):
   subject = model(name)
   for length in LENGTHS:
-    for call in (
-      Call(length, form, training=True),
-      Call(length, form),
-      Call(length, form, context=3),
-    ):
+    for call in calls(length, form):
       assert closed(subject, call) == traced(subject, call), call
 
 
@@ -83,7 +83,7 @@ def test_scanned_layers_share_only_what_does_not_depend_on_the_layer(form):
 
 
 def test_causality_leaves_half_of_the_pairs():
-  heads, key, value, layers, t = 4, 2, 3, 2, 10
+  heads, key, value, layers, t = 2, 4, 8, 2, 10
 
   def mixing(form):
     call = Call(t, form, training=True, causal=True)
@@ -104,25 +104,24 @@ def test_products_with_weights_are_two_operations_a_weight(name):
   weights += subject.embedding.embedding.size if subject.head is None else 0
   forward = count(subject, Call(1, "recurrent")).forward
   assert forward.matmul + forward.logits == 2 * weights
-  options = {**SIZES, **SUBJECTS[name]}
   step = count(subject, Call(7, "parallel", training=True, causal=True))
   expected = 3 * (2 * weights + step.forward.mixing / 7 + step.forward.convolution / 7)
-  assert flops.train_flops_per_token(options, 7, "parallel") == pytest.approx(expected)
+  assert flops.train_flops_per_token(options(name), 7, "parallel") == pytest.approx(expected)
 
 
 # Wide enough for products to be most of the work, as in any model; the recurrent form takes one
 # token, because XLA counts the body of a loop once.
-WIDE = {"d_model": 256, "ffn_dim": 512, "num_layers": 1, "chunk_size": 64}
+WIDE = {"d_model": 256, "ffn_dim": 512, "num_heads": 4, "num_layers": 1, "chunk_size": 64}
+WIDE_VALUES = {"retnet": {"value_dim": 512}}
 
 
 @pytest.mark.parametrize(
   ("form", "length"), [("parallel", 128), ("chunkwise", 128), ("recurrent", 1)]
 )
-@pytest.mark.parametrize("name", ["retnet"])
+@pytest.mark.parametrize("name", NAMES)
 def test_xla_counts_the_same_of_one_layer(name, form, length):
-  layer = build(
-    {**SIZES, **SUBJECTS[name], **WIDE, "value_dim": 512}, rngs=nnx.Rngs(0)
-  ).stack.layers[0]
+  wide = {**options(name), **WIDE, **WIDE_VALUES.get(name, {})}
+  layer = build(wide, rngs=nnx.Rngs(0)).stack.layers[0]
   graphdef, variables = nnx.split(layer)
 
   def run(variables, x):
@@ -207,8 +206,8 @@ def test_a_module_without_closed_form_says_what_to_do():
 def test_activation_bytes_are_what_the_gradient_keeps(remat):
   subject, length = model("retnet", remat=remat, scan_layers=True), 8
   kept = flops.activation_bytes(subject, length, "chunkwise")
-  inputs = 4 * length * SIZES["d_model"] * (SIZES["num_layers"] + 1)  # of all layers and the norm
-  products = 4 * length * (8 + 8 + 12 + 12 + 8 + 10 + 10 + 0) * SIZES["num_layers"]
+  inputs = 4 * length * 8 * (2 + 1)  # of both layers and the last norm
+  products = 4 * length * 2 * (8 + 8 + 16 + 16 + 8 + 12 + 12)  # but for what leaves a layer
   known = inputs + 4 * length  # and the ids
   if remat == "full":
     assert kept == known
@@ -219,7 +218,7 @@ def test_activation_bytes_are_what_the_gradient_keeps(remat):
 
 
 def config(**changes):
-  made = default_config(**{**SIZES, **SUBJECTS["retnet"], **changes})
+  made = default_config(**{**options("retnet"), **changes})
   made.seq_len = 16
   return made
 
@@ -229,7 +228,7 @@ def test_the_report_is_per_token_of_one_row():
   forward = count(model("retnet"), Call(16, "chunkwise", training=True)).forward
   assert told["forward_matmul_flops_per_token"] == (forward.matmul + forward.logits) / 16
   assert told["parameter_bytes"] == 4 * told["parameters"]
-  assert told["state_bytes"] == 2 * (4 * (4 * 2 * 3) + 4)  # of each layer `kv`, and a position
+  assert told["state_bytes"] == 2 * (4 * (2 * 4 * 8) + 4)  # of each layer `kv`, and a position
   step = told["training_step"]["work"]
   assert step["computed"]["forward"]["mixing"] == forward.mixing / 16
   assert step["model"]["forward"]["mixing"] < forward.mixing / 16
