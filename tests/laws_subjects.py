@@ -7,7 +7,14 @@ from flax import nnx
 from laws_bench import SUBJECTS, distinct_ids, register, vectors
 from toy import ToyBlock
 
-from triform.arch import Block, Retention, RetentionState, Stack
+from triform.arch import (
+  Attention,
+  Block,
+  MultiDConvHeadAttention,
+  Retention,
+  RetentionState,
+  Stack,
+)
 from triform.arch.layers.feed_forward import GatedFeedForward
 from triform.arch.mixers.retention import log_decays, rotary_angles
 from triform.arch.models.registry import ARCHITECTURES
@@ -90,7 +97,11 @@ def stack(scan, one):
   return make
 
 
-def register_architecture(name, variant="", **options):
+def attention(mixer=Attention, **options):
+  return functools.partial(mixer, D, **{"num_heads": 2, "max_len": 32, "chunk_size": 4} | options)
+
+
+def register_architecture(name, variant="", *, slow=False, **options):
   """A language model that `models.registry` knows, as it is small; `options` make a variant."""
   architecture = ARCHITECTURES[name]
   sizes = {**architecture.small, **options}
@@ -99,6 +110,7 @@ def register_architecture(name, variant="", **options):
     functools.partial(architecture.model, **sizes),
     distinct_ids(sizes["vocab_size"]),
     table=lambda parameters: parameters["embedding"]["embedding"],
+    slow=slow,
   )
 
 
@@ -112,5 +124,32 @@ register("stack-scanned", stack(True, retention()), vectors(D))
 register("stack-unrolled", stack(False, retention()), vectors(D))
 register("toy", functools.partial(ToyBlock, D), vectors(D), trains=True)
 register("toy-scanned", stack(True, functools.partial(ToyBlock, D)), vectors(D), trains=True)
+register("attention-rotary", attention(num_heads=4, num_kv_heads=2), vectors(D), slow=True)
+register("attention-relative", attention(position="relative"), vectors(D), slow=True)
+register("attention-window", attention(window=3), vectors(D), slow=True)
+register(
+  "mdha-window",
+  attention(MultiDConvHeadAttention, window=3, num_kv_heads=1),
+  vectors(D),
+  slow=True,
+)
+register(
+  "mdha-shared",
+  attention(MultiDConvHeadAttention, shared_qk=True, position="relative", scale=1.0),
+  vectors(D),
+  slow=True,
+)
 register_architecture("retnet")
 register_architecture("retnet", "fla", dialect="fla", scan_layers=True)
+register_architecture("transformer", scan_layers=True, dropout=0.3)
+register_architecture("transformer++", window=5, num_kv_heads=1, slow=True)
+register_architecture("primer", scan_layers=True)
+register_architecture("hybrid", scan_layers=True)
+register_architecture(
+  "hybrid",
+  "rest",
+  pattern="retention, attention(window=3)",
+  num_layers=3,
+  scan_layers=True,
+  slow=True,
+)

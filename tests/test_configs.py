@@ -6,13 +6,16 @@ import re
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import pytest
 from flax import nnx
 
 from triform.arch import build, flops
 from triform.arch.interface import FORMS
 from triform.arch.layout import split_model
+from triform.arch.sharding import make_mesh
 from triform.arch.training.optimizer import schedule
+from triform.arch.training.program import make_program
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
 
@@ -50,11 +53,44 @@ def test_config_is_consistent(path):
   assert flops.train_flops_per_token(config.model, config.seq_len, config.form) > 0
 
 
-def test_tiny_has_what_others_rely_on():
-  module = load_module(next(path for path in CONFIGS if path.stem == "retnet_tiny"))
-  config = module.get_config()
-  assert config.model.dtype == "float32" and config.model.vocab_size >= 256
-  for variant in module.VARIANTS:
-    build(module.get_config(variant).model, rngs=nnx.Rngs(0))
-  with pytest.raises(ValueError, match="variant is 'nope', expected one of torchscale, fla"):
+@pytest.mark.slow
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_training_step_compiles(path):
+  """From shapes alone, at the size it has: nothing is allocated."""
+  config = load_module(path).get_config()
+  config.model.scan_layers = True  # as on an accelerator
+  program = make_program(config, make_mesh(config.mesh), config.total_steps)
+  shape = (config.batch_size, config.seq_len)
+  dtypes = {"inputs": "int32", "targets": "int32", "reset": bool, "mask": bool, "loss_mask": bool}
+  batch = {name: jax.ShapeDtypeStruct(shape, dtype) for name, dtype in dtypes.items()}
+  compiled = program.step.lower(program.abstract, batch, jnp.int32(0)).compile()
+  state = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(program.abstract))
+  assert compiled.memory_analysis().argument_size_in_bytes >= state
+
+
+VARIANTS = [
+  (path, variant) for path in CONFIGS for variant in getattr(load_module(path), "VARIANTS", {})
+]
+
+
+@pytest.mark.parametrize(
+  ("path", "variant"), VARIANTS, ids=lambda part: getattr(part, "stem", part)
+)
+def test_variants_are_of_one_size(path, variant):
+  module = load_module(path)
+  default, other = (count(parameters(module.get_config(*v).model)) for v in ((), (variant,)))
+  assert abs(other / default - 1) < 0.01
+
+
+@pytest.mark.parametrize("path", dict(VARIANTS), ids=lambda path: path.stem)
+def test_an_unknown_variant_is_refused(path):
+  module = load_module(path)
+  with pytest.raises(ValueError, match=f"is 'nope', expected one of {next(iter(module.VARIANTS))}"):
     module.get_config("nope")
+
+
+def test_tiny_models_are_what_others_rely_on():
+  for path in CONFIGS:
+    if path.stem.endswith("_tiny"):
+      config = load_module(path).get_config()
+      assert config.model.dtype == "float32" and config.model.vocab_size >= 256
