@@ -22,6 +22,16 @@ from triform.arch.training.config import default_config
 # Every architecture as it is small, and what else its count depends on.
 NAMES = [name for name, known in ARCHITECTURES.items() if "triform" in known.model.__module__]
 VARIANTS = {
+  "transformer-rotary": {"position": "rotary", "activation": "gelu", "num_kv_heads": 1},
+  "transformer-gated": {"gated": True, "norm": "rms", "position": "none", "window": 5},
+  "transformer++-window": {"window": 5, "num_heads": 4, "num_kv_heads": 2, "dtype": "bfloat16"},
+  "primer-ez": {"shared_qk": False, "norm_placement": "pre", "dropout": 0.1},
+  "primer-searched": {
+    "shared_qk": False, "input_floor": -0.57, "conv_scale": -1.12, "tanh": True,
+    "output_bias": False,
+  },
+  "primer-plain": {"shared_qk": False, "num_taps": 0, "tie_embeddings": True, "activation": "silu"},
+  "hybrid-rest": {"pattern": "retention(decay='gated'), mdha(shared_qk=True)", "num_layers": 3},
   "retnet-learned": {"decay": "learned"},
   "retnet-gated": {"decay": "gated"},
   "retnet-fla": {"dialect": "fla", "activation": "relu"},
@@ -112,7 +122,12 @@ def test_products_with_weights_are_two_operations_a_weight(name):
 # Wide enough for products to be most of the work, as in any model; the recurrent form takes one
 # token, because XLA counts the body of a loop once.
 WIDE = {"d_model": 256, "ffn_dim": 512, "num_heads": 4, "num_layers": 1, "chunk_size": 64}
-WIDE_VALUES = {"retnet": {"value_dim": 512}}
+WIDE_OPTIONS = {
+  "retnet": {"value_dim": 512},
+  "transformer": {"position": "rotary"},
+  "primer": {"position": "rotary"},
+  "hybrid": {"num_layers": 2},
+}
 
 
 @pytest.mark.parametrize(
@@ -120,8 +135,8 @@ WIDE_VALUES = {"retnet": {"value_dim": 512}}
 )
 @pytest.mark.parametrize("name", NAMES)
 def test_xla_counts_the_same_of_one_layer(name, form, length):
-  wide = {**options(name), **WIDE, **WIDE_VALUES.get(name, {})}
-  layer = build(wide, rngs=nnx.Rngs(0)).stack.layers[0]
+  wide = {**options(name), **WIDE, **WIDE_OPTIONS.get(name, {})}
+  layer = build(wide, rngs=nnx.Rngs(0)).stack
   graphdef, variables = nnx.split(layer)
 
   def run(variables, x):

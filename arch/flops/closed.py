@@ -16,11 +16,11 @@ import functools
 
 from flax import nnx
 
-from ..layers.feed_forward import GatedFeedForward
+from ..layers.feed_forward import FeedForward, GatedFeedForward
 from ..layers.linear import Linear
 from ..layers.norm import RMSNorm
 from ..models.language_model import LanguageModel
-from ..models.stack import Block, Stack
+from ..models.stack import Block, Group, PatternStack, Stack
 from .work import Call, Count, Work
 
 
@@ -49,7 +49,8 @@ def fan_out(readers: int, width: int, call: Call) -> Count:
 @count.register
 def _(layer: Linear, call: Call) -> Count:
   flops = 2 * call.length * layer.in_features * layer.out_features
-  return Count(Work(matmul=flops), Work(matmul=2 * flops))
+  bias = Work(vector=0 if layer.bias is None else call.length * layer.out_features)
+  return Count(Work(matmul=flops) + bias, Work(matmul=2 * flops) + bias)
 
 
 @count.register
@@ -61,16 +62,39 @@ def _(layer: RMSNorm, call: Call) -> Count:
   )
 
 
-# Operations for every element of `gate(a, b)`, forward and backward: vector, transcendental.
+@count.register
+def _(layer: nnx.LayerNorm, call: Call) -> Count:  # with a variance of differences, and a bias
+  t, d = call.length, layer.num_features
+  return Count(Work(vector=t * (8 * d + 3), transcendental=t), Work(vector=t * (15 * d + 7)))
+
+
+# Operations for every element of an activation, forward and backward: vector, transcendental.
+ACTIVATIONS = {
+  "gelu": ((4, 1), (10, 1)),
+  "relu": ((1, 0), (0, 0)),
+  "silu": ((1, 1), (6, 0)),
+  "squared_relu": ((2, 0), (3, 0)),
+}
+# Operations for every element of `gate(a, b)`, likewise.
 GATES = {"gelu": ((5, 1), (12, 1)), "relu": ((2, 0), (2, 0)), "silu": ((4, 1), (7, 1))}
+
+
+@count.register
+def _(layer: FeedForward, call: Call) -> Count:
+  size = call.length * layer.input.out_features
+  return total((layer.input, layer.output), call) + _each(ACTIVATIONS[layer.activation], size)
 
 
 @count.register
 def _(layer: GatedFeedForward, call: Call) -> Count:
   size = call.length * layer.input.out_features
-  gate = Count(*(Work(vector=v, transcendental=f) * size for v, f in GATES[layer.activation]))
-  projections = (layer.input, layer.gate, layer.output)
-  return total(projections, call) + gate + fan_out(2, layer.input.in_features, call)
+  projections = total((layer.input, layer.gate, layer.output), call)
+  read = fan_out(2, layer.input.in_features, call)
+  return projections + read + _each(GATES[layer.activation], size)
+
+
+def _each(operations: tuple[tuple[int, int], tuple[int, int]], size: int) -> Count:
+  return Count(*(Work(vector=v, transcendental=f) * size for v, f in operations))
 
 
 @count.register
@@ -84,10 +108,20 @@ def _(block: Block, call: Call) -> Count:
 
 
 @count.register
+def _(group: Group, call: Call) -> Count:
+  return total(group.blocks, call)
+
+
+@count.register
+def _(stack: PatternStack, call: Call) -> Count:
+  return total(filter(None, (stack.repeated, stack.rest)), call)
+
+
+@count.register
 def _(stack: Stack, call: Call) -> Count:
   layers = [stack.layers] * stack.num_layers if stack.scan else stack.layers
   counted = total(layers, call)
-  if stack.remat == "none" or not call.training:
+  if stack.remat == "none" or not call.training or call.causal:
     return counted
   return counted + sum((_recomputed(layer, stack.remat, call) for layer in layers), Count())
 
@@ -107,10 +141,14 @@ def _recomputed(block: Block, remat: str, call: Call) -> Count:
 def _(model: LanguageModel, call: Call) -> Count:
   t, d, vocab = call.length, model.embedding.features, model.vocab_size
   embedded = Count(Work(vector=t * d), Work(vector=2 * t * d))
+  scaled = Count(Work(vector=t * d), Work(vector=t * d))
   logits = Count(Work(logits=2 * t * d * vocab), Work(logits=4 * t * d * vocab))
   if model.head is None:  # the gradients of the table as what is read and as the head
     logits += Count(backward=Work(vector=vocab * d))
-  counted = embedded + total((model.stack, model.norm), call) + logits
+  counted = embedded + total((model.stack, model.norm), call) + scaled + logits
+  if model.relative_bias is not None:  # the gradients of all layers are summed
+    table = count(model.relative_bias, call)
+    counted += Count(backward=table.backward * model.stack.num_layers)
   return counted + _loss(t, d, vocab) if call.training else counted
 
 

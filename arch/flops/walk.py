@@ -1,6 +1,7 @@
 """Counts the operations of a traced program: what the closed forms are held to."""
 
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,7 @@ from jax.interpreters import partial_eval
 from .work import Work
 
 # Names of scopes (`jax.named_scope`) that tell what products are for; the others are `matmul`.
-SCOPES = ("convolution", "mixing", "logits")
+SCOPES = re.compile(r"\b(convolution|mixing|logits)\b")
 # One operation for every element of the result.
 VECTOR = {
   *("abs", "add", "add_any", "cummax", "cummin", "cumprod", "cumsum", "div", "integer_pow", "max"),
@@ -58,7 +59,7 @@ def _equation(equation: JaxprEqn, scope: str) -> Work:
   if name == "while":
     raise ValueError(f"a loop in {scope!r} turns an unknown number of times, expected a scan")
   if name == "cond":
-    return max((_jaxpr(branch, scope) for branch in params["branches"]), key=_total)
+    return max((_jaxpr(branch, scope) for branch in _possible(params)), key=_total)
   if name == "pallas_call":
     estimate = params["cost_estimate"]
     if estimate is None:
@@ -69,12 +70,21 @@ def _equation(equation: JaxprEqn, scope: str) -> Work:
   return sum((_jaxpr(jaxpr, scope) for jaxpr in inner), Work()) + _primitive(equation, scope)
 
 
+def _possible(params: dict[str, Any]) -> list[ClosedJaxpr]:
+  """The branches of a conditional, or the one that is for this platform."""
+  here, platforms = jax.default_backend(), params.get("branches_platforms")
+  if platforms is None:
+    return params["branches"]
+  chosen = (i for i, names in enumerate(platforms) if names is None or here in names)
+  return [params["branches"][next(chosen)]]
+
+
 def _total(work: Work) -> float:
   return sum(work.values())
 
 
 def _purpose(scope: str) -> str:
-  return next((purpose for purpose in SCOPES if purpose in scope), "matmul")
+  return next(iter(SCOPES.findall(scope)), "matmul")
 
 
 def _primitive(equation: JaxprEqn, scope: str) -> Work:
