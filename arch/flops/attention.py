@@ -38,9 +38,12 @@ def _(layer: MultiDConvHeadAttention, call: Call) -> Count:
 @count.register
 def _(layer: DepthwiseConv, call: Call) -> Count:
   t, d, taps = call.length, layer.features, layer.num_taps
-  additions = taps - 1 if call.causal else taps  # the program begins with zeros
+  if call.causal:
+    needed = Work(convolution=(2 * taps - 1) * t * d)
+    return Count(needed, needed * 2)
+  # The program adds to zeros, and takes inputs from where padding leaves them.
   backward = 5 * taps * t * d + (2 * taps * (taps - 1) + 1) * d
-  return Count(Work(convolution=(taps + additions) * t * d), Work(convolution=backward))
+  return Count(Work(convolution=2 * taps * t * d), Work(convolution=backward))
 
 
 @count.register
