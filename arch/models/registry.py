@@ -65,5 +65,6 @@ def register(
 def find(name: Any) -> Architecture:
   """Raises `ValueError` for a name that is not registered."""
   if name not in ARCHITECTURES:
-    raise ValueError(f"architecture is {name!r}, expected one of {', '.join(ARCHITECTURES)}")
+    known = ", ".join(sorted(ARCHITECTURES))
+    raise ValueError(f"architecture is {name!r}, expected one of {known}")
   return ARCHITECTURES[name]
