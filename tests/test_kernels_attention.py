@@ -27,7 +27,7 @@ def flags(seed=1, t=T):
   return {"reset": rng.random((B, t)) < 0.2, "mask": rng.random((B, t)) < 0.8}
 
 
-@functools.partial(jax.jit, static_argnames=("form", "window", "chunk_size", "tanh"))
+@functools.partial(jax.jit, static_argnames=("form", "window", "chunk_size", "tanh", "max_len"))
 def compiled(q, k, v, **options):
   return attention(q, k, v, **options)
 
@@ -64,8 +64,8 @@ def test_the_cache_holds_the_document_and_zeros(form):
   q, k, v = tensors()
   reset = np.zeros((B, T), bool)
   reset[0, 9] = reset[1, 0] = True
-  _, before = attention(*tensors(seed=1), max_len=15, form=form)
-  _, cache = attention(q, k, v, cache=before, reset=reset, form=form)
+  _, before = compiled(*tensors(seed=1), max_len=15, form=form)
+  _, cache = compiled(q, k, v, cache=before, reset=reset, form=form)
   assert cache.position.tolist() == [3, T]
   assert cache.k.shape == (B, 15, G, K)
   for row, begin in ((0, 9), (1, 0)):
@@ -82,13 +82,13 @@ def test_a_full_cache_gives_nan_until_the_next_document(form):
   reset = np.zeros((B, T), bool)
   reset[0, 10] = True
   small, large = (new_cache(B, rows, G, K, jnp.float32) for rows in (8, T))
-  o, cache = attention(q, k, v, cache=small, reset=reset, form=form, chunk_size=5)
-  expected, _ = attention(q, k, v, cache=large, reset=reset, form=form, chunk_size=5)
+  o, cache = compiled(q, k, v, cache=small, reset=reset, form=form, chunk_size=5)
+  expected, _ = compiled(q, k, v, cache=large, reset=reset, form=form, chunk_size=5)
   full = np.zeros((B, T), bool)
   full[0, 8:10] = full[1, 8:] = True
   assert np.isnan(o[full]).all()
   np.testing.assert_allclose(o[~full], expected[~full], rtol=1e-5, atol=1e-6)
-  again, _ = attention(q[:, :1], k[:, :1], v[:, :1], cache=cache, form=form)
+  again, _ = compiled(q[:, :1], k[:, :1], v[:, :1], cache=cache, form=form)
   assert np.isfinite(again[0]).all() and np.isnan(again[1]).all()
   assert np.isfinite(cache.k).all() and cache.position.tolist() == [2, T]
 
@@ -100,17 +100,17 @@ def test_masked_tokens_may_be_nan(form, window):
   junk = [np.where(where["mask"][..., None, None], a, np.nan) for a in qkv]
   rows = window or T
 
-  def run(qkv):
-    cache = new_cache(B, rows, G, K, jnp.float32)
-    loss = lambda q, k, v: attention(  # noqa: E731
-      q, k, v, cache=cache, window=window, form=form, **where
-    )[0][where["mask"]].sum()
-    return attention(*qkv, cache=cache, window=window, form=form, **where), jax.grad(
-      loss, (0, 1, 2)
-    )(*(jnp.asarray(a, jnp.float32) for a in qkv))
+  @jax.jit
+  def run(q, k, v):
+    def loss(q, k, v):
+      cache = new_cache(B, rows, G, K, jnp.float32)
+      o, cache = attention(q, k, v, cache=cache, window=window, form=form, **where)
+      return o[where["mask"]].sum(), (o, cache)
 
-  (expected, cache), gradients = run(qkv)
-  (got, after), others = run(junk)
+    return jax.grad(loss, (0, 1, 2), has_aux=True)(q, k, v)
+
+  gradients, (expected, cache) = run(*map(np.float32, qkv))
+  others, (got, after) = run(*map(np.float32, junk))
   assert np.isfinite(got).all()
   np.testing.assert_array_equal(got[where["mask"]], expected[where["mask"]])
   jax.tree.map(np.testing.assert_array_equal, (after, others), (cache, gradients))

@@ -134,7 +134,7 @@ def test_a_continuation_is_what_the_whole_text_gives(name):
   prompt = np.random.default_rng(0).integers(0, 11, (2, 5))
   new = generate(model, prompt, max_new_tokens=6, temperature=0.0)
   ids = np.concatenate([prompt, new], axis=1)
-  logits, _ = model(ids)
+  logits, _ = jax.jit(model)(ids)
   np.testing.assert_array_equal(new, np.argmax(logits, axis=-1)[:, 4:-1])
 
 
@@ -146,8 +146,8 @@ def test_a_full_cache_gives_nan_from_there_on_and_only_there(name, form):
   ids = np.random.default_rng(0).integers(0, 11, (2, 9))
   reset = np.zeros(ids.shape, bool)
   reset[0, [0, 6]] = True
-  logits, _ = model(ids, model.init_state(2, max_len=4), form=form, reset=reset)
-  expected, _ = model(ids, form=form, reset=reset)
+  run = jax.jit(lambda state: model(ids, state, form=form, reset=reset)[0])
+  logits, expected = run(model.init_state(2, max_len=4)), run(None)
   full = np.zeros(ids.shape, bool)
   full[0, 4:6] = full[1, 4:] = True
   assert np.isnan(logits[full]).all()

@@ -66,6 +66,7 @@ def to_primer(model: Primer) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
       params |= {f"{name}/conv_{i}": tap for i, tap in enumerate(np.asarray(tensor))}
     else:
       params[name] = np.asarray(tensor)
+  params[f"{PREFIX}embedding"] = params[f"{PREFIX}embedding"] * model.embedding_scale
   config = {
     "vocab_size": options["vocab_size"],
     "d_model": options["d_model"],
@@ -107,6 +108,7 @@ def read(
     "shared_qk": any("/q_solo_project/" in name for name in params),
     "norm_placement": settings["norm_placement"],
     "position": "relative" if any("relative_attention_bias" in name for name in params) else "none",
+    "embedding_scale": 1.0,
     "tie_embeddings": True,
   }
   norm = next((n for n in NORMS.values() if f"{PREFIX}{n}_scale" in params), NORMS["layer"])

@@ -1,6 +1,7 @@
 """Primer (arXiv 2109.08668) as a language model."""
 
 import functools
+import math
 from typing import Any
 
 import jax.numpy as jnp
@@ -23,8 +24,10 @@ class Primer(LanguageModel):
   convolutions, another `activation` the squared ReLU. The paper's own norm, with the mean of
   `x (x - mean)` for the variance, is LayerNorm in exact arithmetic and is computed as that.
 
-  Scores are not scaled: queries start smaller instead, as in T5. The embedding, which is also the
-  head, starts with unit variance.
+  Scores are not scaled: queries start smaller instead, as in T5. What is embedded starts with unit
+  variance, and the table smaller by `embedding_scale`, `sqrt(d_model)` by default, with which it
+  learns as fast as other weights. It is 1 in the published code, whose optimizer takes steps in
+  proportion to the parameters.
 
   Args beside those of `Transformer`:
     num_taps: of the convolutions, the token itself included; 0: plain attention.
@@ -60,6 +63,7 @@ class Primer(LanguageModel):
     rotary_base: float = 10000.0,
     window: int | None = None,
     max_len: int = DEFAULT_MAX_LEN,
+    embedding_scale: float | None = None,
     tie_embeddings: bool = True,
     dropout: float = 0.0,
     eps: float = 1e-6,
@@ -83,6 +87,7 @@ class Primer(LanguageModel):
         input_floor=input_floor,
         conv_scale=conv_scale,
       )
+    embedding_scale = math.sqrt(d_model) if embedding_scale is None else embedding_scale
     # The width of queries before the convolution, which in shared mode is that of keys.
     size = key_size or d_model // num_heads
     small = nnx.initializers.normal((d_model * size) ** -0.5)
@@ -128,9 +133,9 @@ class Primer(LanguageModel):
       num_layers=num_layers,
       norm=make(rngs=rngs),
       relative_bias=make_relative_bias(position, num_heads, d_model, param_dtype, rngs),
-      embedding_init=nnx.initializers.normal(1.0 if tie_embeddings else d_model**-0.5),
-      embedding_scale=1.0 if tie_embeddings else d_model**0.5,
-      output_scale=d_model**-0.5 if tie_embeddings else 1.0,
+      embedding_init=nnx.initializers.normal(1 / embedding_scale),
+      embedding_scale=embedding_scale,
+      output_scale=embedding_scale * d_model**-0.5,
       tie_embeddings=tie_embeddings,
       scan_layers=scan_layers,
       remat=remat,
