@@ -115,14 +115,14 @@ def register_architecture(name, variant="", *, slow=False, **options):
 
 
 register("retention-fixed", retention(), vectors(D), oracle=oracle("torchscale"))
-register("retention-learned", retention(decay="learned"), vectors(D))
+register("retention-learned", retention(decay="learned"), vectors(D), slow=True)
 register("retention-gated", retention(decay="gated"), vectors(D))
 register("retention-fla", retention(dialect="fla"), vectors(D), oracle=oracle("fla"))
-register("retention-grouped", retention(num_heads=4, num_kv_heads=2), vectors(D))
+register("retention-grouped", retention(num_heads=4, num_kv_heads=2), vectors(D), slow=True)
 register("block", functools.partial(block, dropout=0.3), vectors(D), trains=True)
 register("stack-scanned", stack(True, retention()), vectors(D))
-register("stack-unrolled", stack(False, retention()), vectors(D))
-register("toy", functools.partial(ToyBlock, D), vectors(D), trains=True)
+register("stack-unrolled", stack(False, retention()), vectors(D), slow=True)
+register("toy", functools.partial(ToyBlock, D), vectors(D), trains=True, slow=True)
 register("toy-scanned", stack(True, functools.partial(ToyBlock, D)), vectors(D), trains=True)
 register("attention-rotary", attention(num_heads=4, num_kv_heads=2), vectors(D), slow=True)
 register("attention-relative", attention(position="relative"), vectors(D), slow=True)
@@ -140,7 +140,7 @@ register(
   slow=True,
 )
 register_architecture("retnet")
-register_architecture("retnet", "fla", dialect="fla", scan_layers=True)
+register_architecture("retnet", "fla", dialect="fla", scan_layers=True, slow=True)
 register_architecture("transformer", scan_layers=True, dropout=0.3)
 register_architecture("transformer++", window=5, num_kv_heads=1, slow=True)
 register_architecture("primer", scan_layers=True)
