@@ -12,21 +12,32 @@ if __name__ != "triform.arch":
 from .generation import generate, stream
 from .interface import FORMS, SequenceModule, put_rows, state_bytes, take_rows
 from .loading import load
+from .mixers.attention import Attention, MultiDConvHeadAttention
 from .mixers.retention import Retention, RetentionState
 from .models import build
+from .models.hybrid import Hybrid
 from .models.language_model import LanguageModel
+from .models.primer import Primer
 from .models.retnet import RetNet
-from .models.stack import Block, Stack
+from .models.stack import Block, PatternStack, Stack
+from .models.transformer import Transformer, TransformerPlusPlus
 
 __all__ = [
   "FORMS",
+  "Attention",
   "Block",
+  "Hybrid",
   "LanguageModel",
+  "MultiDConvHeadAttention",
+  "PatternStack",
+  "Primer",
   "RetNet",
   "Retention",
   "RetentionState",
   "SequenceModule",
   "Stack",
+  "Transformer",
+  "TransformerPlusPlus",
   "build",
   "generate",
   "load",

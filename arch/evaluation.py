@@ -76,16 +76,29 @@ def carried_losses(
   """Yields every batch with its `token_losses`, each row going on where it was the batch before.
 
   Batches are of one shape, `[b, t]`, and read one at a time: memory does not grow with their
-  number.
+  number. A model whose state has room for so many tokens only (`max_len`) begins afresh, as if a
+  document began, where its state is full.
   """
   graphdef, params, variables = split_model(model)
   state = None
+  if model.max_len is not None:
+    batches = _restarted(batches, model.max_len)
   for batch in batches:
     if state is None:
-      b, t = batch["inputs"].shape
-      state = model.init_state(b, max_len=t)
+      state = model.init_state(len(batch["inputs"]))
     losses, state = _piece(graphdef, form, params, variables, state, batch)
     yield batch, multihost_utils.process_allgather(losses, tiled=True)
+
+
+def _restarted(batches: Iterable[Batch], max_len: int) -> Iterator[Batch]:
+  """`batches` with a `reset` wherever a document would go on past `max_len` tokens."""
+  position: np.ndarray | int = 0  # tokens of its document that each row has seen
+  for batch in batches:
+    reset, mask = batch["reset"].copy(), batch["mask"]
+    for column in range(reset.shape[1]):
+      reset[:, column] |= position == max_len
+      position = np.where(reset[:, column] & mask[:, column], 0, position) + mask[:, column]
+    yield {**batch, "reset": reset}
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=4)

@@ -9,7 +9,8 @@ is a choice of cost, never of result. What that promises, and `tests/laws.py` ch
 3. Padding is an identity: masked tokens change nothing else, wherever they stand.
 4. Packing is separation: documents packed with `reset` equal the documents run alone.
 5. Causality: no output depends on a later input, no row on another row.
-6. State is constant: its shape does not depend on the length seen.
+6. State is constant: its shape does not depend on the length seen. A cache of keys and values
+   is the declared exception (`state_is_constant`), with room for `max_len` tokens of a document.
 7. Positions do not drift: a state carried to position 1,000,000 is as good as a fresh one.
 
 In training mode (`rngs` given) dropout and batch statistics couple tokens by design: laws 2 and 5
@@ -34,6 +35,7 @@ __all__ = [
   "SequenceModule",
   "State",
   "check_call",
+  "copy_traits",
   "put_rows",
   "state_bytes",
   "state_dtype",
@@ -54,6 +56,7 @@ class SequenceModule(nnx.Module):
 
   causal: bool = True
   state_is_constant: bool = True
+  max_len: int | None = None  # tokens of a document that a state has room for; None: any number
 
   def init_state(self, batch_size: int, *, max_len: int | None = None) -> State:
     """The state before the first token. `max_len` sizes a cache, where there is one."""
@@ -87,6 +90,13 @@ class SequenceModule(nnx.Module):
       The outputs, and the state after the last token: same structure, shapes and dtypes.
     """
     raise NotImplementedError
+
+
+def copy_traits(module: SequenceModule, *parts: SequenceModule) -> None:
+  """Gives a module what can be said of all its parts."""
+  module.causal = all(part.causal for part in parts)
+  module.state_is_constant = all(part.state_is_constant for part in parts)
+  module.max_len = min((part.max_len for part in parts if part.max_len is not None), default=None)
 
 
 def check_call(x: jax.Array, form: str, reset: Any, mask: Any) -> None:

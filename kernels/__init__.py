@@ -4,12 +4,19 @@ Axis letters, everywhere: `b` batch, `t` time, `h` heads, `g` key/value heads, `
 `v` value size, `c` chunk, `n` number of chunks.
 """
 
+from .attention import KVCache, attention, new_cache, relative_buckets
+from .depthwise_conv import causal_depthwise_conv
 from .positions import token_positions
 from .retention import head_norm, retention
 from .rotary import rotary_phase, rotary_steps, rotate
 
 __all__ = [
+  "KVCache",
+  "attention",
+  "causal_depthwise_conv",
   "head_norm",
+  "new_cache",
+  "relative_buckets",
   "retention",
   "rotary_phase",
   "rotary_steps",

@@ -21,13 +21,16 @@ ROOT = Path(__file__).resolve().parents[1]
 SECONDS = 60
 API, XLA, POSITIONS = "kernels/retention/api.py", "kernels/retention/xla.py", "kernels/positions.py"
 MIXER, STACK = "arch/mixers/retention.py", "arch/models/stack.py"
+ATTENTION, CONV = "kernels/attention/forms.py", "kernels/depthwise_conv.py"
 PACKING = "arch/data/packing.py"
 LAWS, KERNELS = "tests/test_laws.py", "tests/test_kernels_retention.py"
+ATTENTION_KERNELS = "tests/test_kernels_attention.py"
+ATTENTION_MIXERS = "tests/test_mixers_attention.py"
 
 
 class Fault(NamedTuple):
   name: str
-  kind: str  # retention, positions, packing, padding or training
+  kind: str  # retention, attention, positions, packing, padding or training
   file: str
   old: str
   new: str
@@ -159,9 +162,9 @@ FAULTS = [
     "scanned stack forgets reset",
     "packing",
     STACK,
-    "x, after = block(x, before, form=form, reset=reset, mask=mask, rngs=rngs)",
+    "x, after = block(x, before, form=form, reset=reset, mask=mask, rngs=rngs, **of_block)",
     "reset = None if self.scan else reset\n"
-    "      x, after = block(x, before, form=form, reset=reset, mask=mask, rngs=rngs)",
+    "      x, after = block(x, before, form=form, reset=reset, mask=mask, rngs=rngs, **of_block)",
     LAWS,
     "law_4_packing and stack-scanned",
   ),
@@ -254,6 +257,124 @@ FAULTS = [
     "pass",
     "tests/test_interface.py",
     "scanned_equals_unrolled",
+  ),
+  Fault(
+    "a window of one token more",
+    "attention",
+    ATTENTION,
+    "visible &= distance < rule.window",
+    "visible &= distance <= rule.window",
+    ATTENTION_KERNELS,
+    "oracle and plain and 5",
+  ),
+  Fault(
+    "the last bucket of distances is never read",
+    "attention",
+    ATTENTION,
+    "jnp.clip(distance, 0, bias.shape[1] - 1)",
+    "jnp.clip(distance, 0, bias.shape[1] - 2)",
+    ATTENTION_KERNELS,
+    "oracle and biased and None",
+  ),
+  Fault(
+    "a token that has no row is dropped in silence",
+    "attention",
+    "kernels/attention/api.py",
+    "out = jnp.where(full[..., None, None], jnp.nan, out)",
+    "pass",
+    ATTENTION_KERNELS,
+    "full_cache",
+  ),
+  Fault(
+    "keys without their positions",
+    "attention",
+    "arch/mixers/attention.py",
+    "q, k = kernels.rotate(q, phase), kernels.rotate(k, phase)",
+    "q = kernels.rotate(q, phase)",
+    ATTENTION_MIXERS,
+    "formula and rotary",
+  ),
+  Fault(
+    "both norms before",
+    "attention",
+    STACK,
+    'if self.norm_placement == "pre":',
+    "if True:",
+    "tests/test_interop_primer.py",
+    "official_logits and full and parallel",
+  ),
+  Fault(
+    "keys of the document before are seen",
+    "packing",
+    ATTENTION,
+    "queries.document[:, :, None] == keys.document[:, None]",
+    "queries.document[:, :, None] >= keys.document[:, None]",
+    LAWS,
+    "law_4_packing and transformer",
+  ),
+  Fault(
+    "a cache keeps the document before",
+    "packing",
+    ATTENTION,
+    "held = jax.tree.map(lambda a: jnp.where(begun, 0, a), held)",
+    "pass",
+    ATTENTION_KERNELS,
+    "cache_holds_the_document",
+  ),
+  Fault(
+    "a convolution reaches into the document before",
+    "packing",
+    CONV,
+    "shifted = jnp.where(inside(count - s, first), shifted, 0)",
+    "pass",
+    ATTENTION_MIXERS,
+    "no_document_is_in_the_convolution",
+  ),
+  Fault(
+    "the last layers of a pattern forget reset",
+    "packing",
+    STACK,
+    "x, own = stack(x, own, form=form, reset=reset, mask=mask, rngs=rngs, **of_block)",
+    "reset = reset if stack is self.repeated else None\n"
+    "      x, own = stack(x, own, form=form, reset=reset, mask=mask, rngs=rngs, **of_block)",
+    LAWS,
+    "law_4_packing and hybrid-rest",
+  ),
+  Fault(
+    "padding takes a row of the cache",
+    "padding",
+    ATTENTION,
+    "row = jnp.where(real, row, rows)",
+    "pass",
+    ATTENTION_KERNELS,
+    "oracle and recurrent and plain and None",
+  ),
+  Fault(
+    "masked NaN reaches the values",
+    "padding",
+    "kernels/attention/api.py",
+    "(jnp.where(real[..., None, None], a, 0) for a in (q, k, v))",
+    "(q, k, v)",
+    ATTENTION_KERNELS,
+    "masked_tokens_may_be_nan",
+  ),
+  Fault(
+    "taps count padding",
+    "padding",
+    CONV,
+    "jnp.argsort(~mask, axis=1, stable=True)",
+    "jnp.broadcast_to(jnp.arange(t), mask.shape)",
+    "tests/test_kernels_depthwise_conv.py",
+    "is_the_loop and mask",
+  ),
+  Fault(
+    "squared ReLU with the gradient of ReLU",
+    "training",
+    "arch/layers/feed_forward.py",
+    "dx = 2 * positive * jnp",
+    "dx = jnp.sign(positive) * jnp",
+    "tests/test_layers_feed_forward.py",
+    "squared_relu_and_its_gradients",
   ),
 ]
 

@@ -7,7 +7,19 @@ from flax import nnx
 from laws_bench import SUBJECTS, distinct_ids, register, vectors
 from toy import ToyBlock
 
-from triform.arch import Block, Retention, RetentionState, RetNet, Stack
+from triform.arch import (
+  Attention,
+  Block,
+  Hybrid,
+  MultiDConvHeadAttention,
+  Primer,
+  Retention,
+  RetentionState,
+  RetNet,
+  Stack,
+  Transformer,
+  TransformerPlusPlus,
+)
 from triform.arch.layers.feed_forward import GatedFeedForward
 from triform.arch.mixers.retention import log_decays, rotary_angles
 from triform.kernels import rotary_steps
@@ -95,6 +107,15 @@ def language_model(**options):
   return functools.partial(RetNet, **sizes | options)
 
 
+def attention(mixer=Attention, **options):
+  return functools.partial(mixer, D, **{"num_heads": 2, "max_len": 32, "chunk_size": 4} | options)
+
+
+def transformer(model, **options):
+  sizes = {"vocab_size": VOCAB, "d_model": D, "num_layers": 2, "num_heads": 2, "ffn_dim": 12}
+  return functools.partial(model, **sizes | {"chunk_size": 4} | options)
+
+
 def table(parameters):
   return parameters["embedding"]["embedding"]
 
@@ -112,4 +133,51 @@ register("toy-scanned", stack(True, functools.partial(ToyBlock, D)), vectors(D),
 register("retnet-torchscale", language_model(scan_layers=False), distinct_ids(VOCAB), table=table)
 register(
   "retnet-fla", language_model(dialect="fla", scan_layers=True), distinct_ids(VOCAB), table=table
+)
+register("attention-rotary", attention(num_heads=4, num_kv_heads=2), vectors(D), slow=True)
+register("attention-relative", attention(position="relative"), vectors(D), slow=True)
+register("attention-window", attention(window=3), vectors(D), slow=True)
+register(
+  "mdha-window",
+  attention(MultiDConvHeadAttention, window=3, num_kv_heads=1),
+  vectors(D),
+  slow=True,
+)
+register(
+  "mdha-shared",
+  attention(MultiDConvHeadAttention, shared_qk=True, position="relative", scale=1.0),
+  vectors(D),
+  slow=True,
+)
+register(
+  "transformer",
+  transformer(Transformer, max_len=32, tie_embeddings=False, scan_layers=True, dropout=0.3),
+  distinct_ids(VOCAB),
+  table=table,
+)
+register(
+  "transformer++",
+  transformer(TransformerPlusPlus, window=5, num_kv_heads=1, scan_layers=False),
+  distinct_ids(VOCAB),
+  table=table,
+  slow=True,
+)
+register(
+  "primer",
+  transformer(Primer, max_len=32, tie_embeddings=False, scan_layers=True),
+  distinct_ids(VOCAB),
+  table=table,
+)
+register(
+  "hybrid",
+  transformer(Hybrid, pattern="attention(window=3), retention", scan_layers=True),
+  distinct_ids(VOCAB),
+  table=table,
+)
+register(
+  "hybrid-rest",
+  transformer(Hybrid, pattern="retention, attention(window=3)", num_layers=3, scan_layers=True),
+  distinct_ids(VOCAB),
+  table=table,
+  slow=True,
 )

@@ -11,6 +11,7 @@ import pytest
 from jax.experimental import topologies
 
 from triform.arch.sharding import batch_sharding, make_mesh
+from triform.arch.training.config import default_config
 from triform.arch.training.program import make_program
 
 pytestmark = [
@@ -42,7 +43,40 @@ def get_config(name):
 def test_a_training_step_of_retnet_1b_fits_on_v5e_4x4(v5e_4x4):
   config, docstring = get_config("retnet_1b")
   config.model.scan_layers = True  # as on a TPU
-  mesh = make_mesh(config.mesh, v5e_4x4)
+  program, lowered = lower_step(config, v5e_4x4)
+  memory = lowered.compile().memory_analysis()
+  used = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+  assert used < 0.95 * V5E_MEMORY
+  state = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(program.abstract))
+  devices = len(v5e_4x4)
+  assert memory.argument_size_in_bytes < 1.02 * state / devices + 2**20, "state is not divided"
+  (told,) = re.findall(r"([\d.]+) GiB a chip", docstring)
+  assert float(told) == pytest.approx(used / 2**30, rel=0.1)  # another compiler, another plan
+
+
+@pytest.mark.parametrize(
+  ("options", "kernels"),
+  [
+    ({"architecture": "transformer++", "num_kv_heads": 2}, True),
+    ({"architecture": "transformer++", "window": 128}, True),
+    ({"architecture": "transformer++", "key_size": 32}, False),  # half a kernel's lanes
+    ({"architecture": "primer"}, False),  # the kernel knows no relative bias
+    ({"architecture": "hybrid", "num_layers": 4}, True),
+  ],
+)
+def test_attention_compiles_to_the_kernel_where_it_fits(v5e_4x4, options, kernels):
+  """Forward and backward, packed and padded, the batch divided over the mesh."""
+  sizes = {"vocab_size": 512, "d_model": 256, "num_layers": 2, "num_heads": 4, "ffn_dim": 512}
+  config = default_config(**{**sizes, "dtype": "bfloat16", "scan_layers": True, **options})
+  config.update({"seq_len": 256, "batch_size": 16, "form": "parallel"})
+  _, lowered = lower_step(config, v5e_4x4)
+  assert ("tpu_custom_call" in lowered.as_text()) == kernels
+  lowered.compile()
+
+
+def lower_step(config, devices):
+  """The program of a run, and its training step before it is compiled."""
+  mesh = make_mesh(config.mesh, devices)
   program = make_program(config, mesh, config.total_steps)
   shape = (config.batch_size, config.seq_len)
   dtypes = {"inputs": "int32", "targets": "int32", "reset": bool, "mask": bool, "loss_mask": bool}
@@ -52,11 +86,4 @@ def test_a_training_step_of_retnet_1b_fits_on_v5e_4x4(v5e_4x4):
   }
   step = jax.ShapeDtypeStruct((), np.int32)
   with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-    compiled = program.step.lower(program.abstract, batch, step).compile()
-  memory = compiled.memory_analysis()
-  used = memory.argument_size_in_bytes + memory.temp_size_in_bytes
-  assert used < 0.95 * V5E_MEMORY
-  state = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(program.abstract))
-  assert memory.argument_size_in_bytes < 1.02 * state / mesh.size + 2**20, "state is not divided"
-  (told,) = re.findall(r"([\d.]+) GiB a chip", docstring)
-  assert float(told) == pytest.approx(used / 2**30, rel=0.1)  # another compiler, another plan
+    return program, program.step.lower(program.abstract, batch, step)

@@ -14,7 +14,9 @@ from flax import nnx
 from triform.arch import build, flops
 from triform.arch.interface import FORMS
 from triform.arch.layout import split_model
+from triform.arch.sharding import make_mesh
 from triform.arch.training.optimizer import schedule
+from triform.arch.training.program import make_program
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
 
@@ -52,14 +54,47 @@ def test_config_is_consistent(path):
   assert flops.train_flops_per_token(config.model, config.seq_len, config.form) > 0
 
 
-def test_tiny_has_what_others_rely_on():
-  module = load_module(next(path for path in CONFIGS if path.stem == "retnet_tiny"))
-  config = module.get_config()
-  assert config.model.dtype == "float32" and config.model.vocab_size >= 256
-  for variant in module.VARIANTS:
-    build(module.get_config(variant).model, rngs=nnx.Rngs(0))
-  with pytest.raises(ValueError, match="variant is 'nope', expected one of torchscale, fla"):
+@pytest.mark.slow
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_training_step_compiles(path):
+  """From shapes alone, at the size it has: nothing is allocated."""
+  config = load_module(path).get_config()
+  config.model.scan_layers = True  # as on an accelerator
+  program = make_program(config, make_mesh(config.mesh), config.total_steps)
+  shape = (config.batch_size, config.seq_len)
+  dtypes = {"inputs": "int32", "targets": "int32", "reset": bool, "mask": bool, "loss_mask": bool}
+  batch = {name: jax.ShapeDtypeStruct(shape, dtype) for name, dtype in dtypes.items()}
+  compiled = program.step.lower(program.abstract, batch, jnp.int32(0)).compile()
+  state = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(program.abstract))
+  assert compiled.memory_analysis().argument_size_in_bytes >= state
+
+
+VARIANTS = [
+  (path, variant) for path in CONFIGS for variant in getattr(load_module(path), "VARIANTS", {})
+]
+
+
+@pytest.mark.parametrize(
+  ("path", "variant"), VARIANTS, ids=lambda part: getattr(part, "stem", part)
+)
+def test_variants_are_of_one_size(path, variant):
+  module = load_module(path)
+  default, other = (count(parameters(module.get_config(*v).model)) for v in ((), (variant,)))
+  assert abs(other / default - 1) < 0.01
+
+
+@pytest.mark.parametrize("path", dict(VARIANTS), ids=lambda path: path.stem)
+def test_an_unknown_variant_is_refused(path):
+  module = load_module(path)
+  with pytest.raises(ValueError, match=f"is 'nope', expected one of {next(iter(module.VARIANTS))}"):
     module.get_config("nope")
+
+
+def test_tiny_models_are_what_others_rely_on():
+  for path in CONFIGS:
+    if path.stem.endswith("_tiny"):
+      config = load_module(path).get_config()
+      assert config.model.dtype == "float32" and config.model.vocab_size >= 256
 
 
 @pytest.mark.parametrize("variant", ["torchscale", "fla", "gated", "learned"])
@@ -74,6 +109,45 @@ def test_products_with_weights_are_counted_exactly(variant, kv_heads, tied):
   head = params["embedding"]["embedding"].size if tied else 0
   counted = flops.CLOSED_FORMS["retnet"](model, 64, "parallel")
   assert counted["projections"] + counted["logits"] == 2 * (kernels + head)
+
+
+@pytest.mark.parametrize(
+  ("architecture", "options"),
+  [
+    ("transformer", {}),
+    ("transformer", {"num_kv_heads": 2, "key_size": 24, "gated": True}),
+    ("transformer++", {"num_kv_heads": 1}),
+    ("primer", {}),
+    ("primer", {"shared_qk": False, "num_kv_heads": 2}),
+    ("primer", {"shared_qk": False, "num_taps": 0}),
+    ("hybrid", {"pattern": "retention(value_dim=24), attention", "num_layers": 5}),
+    ("hybrid", {"pattern": "mdha(shared_qk=True, num_kv_heads=2), retention(decay='gated')"}),
+  ],
+)
+def test_products_with_weights_of_attention_are_counted_exactly(architecture, options):
+  sizes = {"vocab_size": 40, "d_model": 16, "num_layers": 3, "num_heads": 4, "ffn_dim": 20}
+  model = {"architecture": architecture, **sizes, "tie_embeddings": True, **options}
+  params = parameters(model)
+  leaves = jax.tree_util.tree_leaves_with_path(params)
+  kernels = sum(leaf.size for path, leaf in leaves if path[-1].key == "kernel")
+  taps = sum(
+    leaf.size // leaf.shape[-2] * (2 * leaf.shape[-2] - 1)
+    for path, leaf in leaves
+    if path[-1].key == "taps"
+  )
+  counted = flops.CLOSED_FORMS[architecture](model, 64, "parallel")
+  assert counted["projections"] == 2 * kernels
+  assert counted["logits"] == 2 * params["embedding"]["embedding"].size
+  assert counted.get("convolutions", 0) == taps
+
+
+def test_attention_is_counted_by_what_causality_and_the_window_leave():
+  config = {"d_model": 8, "num_heads": 2}
+  t, per_pair = 10, 2 * 2 * 2 * 4  # multiply-adds, heads, scores and values, key size
+  whole = flops.attention(config, t, "parallel")["mixing"]
+  assert whole == per_pair * sum(range(1, t + 1)) / t
+  near = flops.attention({**config, "window": 3}, t, "parallel")["mixing"]
+  assert near == per_pair * (1 + 2 + 3 * 8) / t
 
 
 def test_mixing_is_counted_by_form():

@@ -19,8 +19,14 @@ CUTS = st.integers(1, LENGTH - 1)
 FAR = st.sampled_from([1_000_000, 2**31 - 3, 2**32 - LENGTH - 1])
 
 
+PARAMETERS = [
+  pytest.param(subject.name, marks=[pytest.mark.slow] if subject.slow else [])
+  for subject in SUBJECTS.values()
+]
+
+
 # Module scope groups the tests by subject, so that its compiled programs are used while cached.
-@pytest.fixture(scope="module", params=SUBJECTS)
+@pytest.fixture(scope="module", params=PARAMETERS)
 def name(request):
   yield request.param
   bench.cache_clear()

@@ -2,18 +2,20 @@
 
 `load_fla(path)` reads a Hugging Face model of flash-linear-attention; `from_torchscale(config,
 params)` and `from_fla(config, params)` take the source's own option names and state dict (as
-NumPy arrays). They return a `RetNet`, called like any other model:
+NumPy arrays) and return a `RetNet`; `from_primer(config, params)` takes mesh-TensorFlow's variables
+and returns a `Primer`. They are called like any other model:
 
     logits, state = load_fla("retnet-1.3B-100B")(ids, form="chunkwise")
 
 Every parameter must be used exactly once, and an option that changes the function is either
 computed or refused by name: an import that returns is the published function. `to_torchscale`,
-`to_fla` and `save_fla` are the inverses, and `state_to_...` and `state_from_...` convert what is
-carried along a sequence, so that one library goes on where the other stopped.
+`to_fla`, `to_primer` and `save_fla` are the inverses, and `state_to_...` and `state_from_...`
+convert what is carried along a sequence, so that one library goes on where the other stopped.
 """
 
 from .fla import from_fla, state_from_fla, state_to_fla, to_fla
 from .huggingface import load_fla, save_fla
+from .primer import from_primer, to_primer
 from .torchscale import (
   from_torchscale,
   state_from_torchscale,
@@ -23,6 +25,7 @@ from .torchscale import (
 
 __all__ = [
   "from_fla",
+  "from_primer",
   "from_torchscale",
   "load_fla",
   "save_fla",
@@ -31,5 +34,6 @@ __all__ = [
   "state_to_fla",
   "state_to_torchscale",
   "to_fla",
+  "to_primer",
   "to_torchscale",
 ]

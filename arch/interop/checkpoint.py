@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..interface import Scanned
+from ..interface import Scanned, SequenceModule
 from ..layout import by_stacked_name, split_model
 from ..mixers.retention import RetentionState
 from ..models.retnet import RetNet
@@ -38,10 +38,10 @@ class Table(NamedTuple):
   weights: Mapping[str, Weight]
   layer_weights: Mapping[str, Weight]  # of every layer
   num_layers: int
-  layer_prefix: str
+  layer_prefix: str  # of names in a layer, with braces for its number
 
   def layer_name(self, name: str, layer: int) -> str:
-    return f"{self.layer_prefix}{layer}.{name}"
+    return self.layer_prefix.format(layer) + name
 
 
 def read_config(
@@ -93,7 +93,7 @@ def convert(params: Mapping[str, Any], table: Table) -> dict[str, Tensor]:
   return leaves
 
 
-def revert(model: RetNet, table: Table) -> dict[str, Tensor]:
+def revert(model: SequenceModule, table: Table) -> dict[str, Tensor]:
   """The inverse of `convert`: the parameters of a model by their names in the checkpoint."""
   _, params, _ = split_model(model)
   leaves = by_stacked_name({"params": params})

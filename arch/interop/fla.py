@@ -179,7 +179,7 @@ def _table(model: Mapping[str, Any], *, fused_norm: bool) -> Table:
   }
   if not model["tie_embeddings"]:
     weights[HEAD] = transposed("params/head", model["vocab_size"], d)
-  return Table("fla", weights, layer_weights, model["num_layers"], LAYERS)
+  return Table("fla", weights, layer_weights, model["num_layers"], LAYERS + "{}.")
 
 
 def _split_fused_gates(params: Mapping[str, Any], num_layers: int, ffn_dim: int) -> dict[str, Any]:

@@ -181,7 +181,7 @@ def _table(model: Mapping[str, Any]) -> Table:
   }
   if not model["tie_embeddings"]:
     weights[HEAD] = transposed("params/head", model["vocab_size"], d)
-  return Table("torchscale", weights, layer_weights, model["num_layers"], "layers.")
+  return Table("torchscale", weights, layer_weights, model["num_layers"], "layers.{}.")
 
 
 def _schedule(decay: Any, num_heads: int) -> str:

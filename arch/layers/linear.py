@@ -8,20 +8,24 @@ from flax import nnx
 
 
 class Linear(nnx.Linear):
-  """`W x` without a bias: `nnx.Linear`, but for how its gradient is computed.
+  """`W x`, plus a bias if asked for: `nnx.Linear`, but for how its gradient is computed.
 
   JAX asks for the gradient of the weights as `(dy^T x)^T`, for which XLA for CPU first writes `dy`
   again in the transposed layout. Asking for `x^T dy` made a training step 1.3 times faster there.
   Differentiable in reverse mode only.
   """
 
-  def __init__(self, in_features: int, out_features: int, **options: Any):
-    super().__init__(in_features, out_features, use_bias=False, **options)
+  def __init__(self, in_features: int, out_features: int, use_bias: bool = False, **options: Any):
+    super().__init__(in_features, out_features, use_bias=use_bias, **options)
 
-  def __call__(self, x: jax.Array) -> jax.Array:  # [..., in] -> [..., out]
+  def __call__(self, x: jax.Array, product=None) -> jax.Array:  # [..., in] -> [..., out]
+    """`product(x, kernel)` may replace the product, where an activation is computed with it."""
     kernel = self.kernel[...]
     dtype = jnp.result_type(x, kernel) if self.dtype is None else self.dtype
-    return _product(jnp.asarray(x, dtype), kernel.astype(dtype))
+    y = (product or _product)(jnp.asarray(x, dtype), kernel.astype(dtype))
+    if self.bias is not None:
+      y += self.bias[...].astype(dtype).reshape((1,) * (y.ndim - 1) + (-1,))
+    return y
 
 
 @jax.custom_vjp

@@ -11,11 +11,22 @@ from ml_collections.config_dict import placeholder
 
 from ..closest import closest
 from ..interface import SequenceModule
+from .hybrid import Hybrid
+from .primer import Primer
 from .retnet import RetNet
+from .transformer import Transformer, TransformerPlusPlus
 
-ARCHITECTURES = {"retnet": RetNet}
+ARCHITECTURES = {
+  "retnet": RetNet,
+  "hybrid": Hybrid,
+  "primer": Primer,
+  "transformer": Transformer,
+  "transformer++": TransformerPlusPlus,
+}
 # How a model is computed and trained; any other option says which function it is.
-FREE_OPTIONS = frozenset({"chunk_size", "dropout", "dtype", "param_dtype", "remat", "scan_layers"})
+FREE_OPTIONS = frozenset(
+  {"chunk_size", "dropout", "dtype", "max_len", "param_dtype", "remat", "scan_layers"}
+)
 
 
 def build(config: Mapping[str, Any], *, rngs: nnx.Rngs) -> SequenceModule:

@@ -1,15 +1,15 @@
 """The language model that every causal architecture fills with its own blocks."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from ..interface import SequenceModule, check_call, state_dtype
+from ..interface import SequenceModule, check_call, copy_traits, state_dtype
 from ..layers.linear import Linear
-from .stack import Stack
+from .stack import PatternStack, Stack
 
 
 class LanguageModel(SequenceModule):
@@ -17,11 +17,16 @@ class LanguageModel(SequenceModule):
 
   `logits, state = model(ids, state, form=...)` with ids `[b, t]` and logits
   `[b, t, vocab_size]` in at least float32. An id outside the vocabulary gives NaN.
+
+  `make_block` makes a block, or is a sequence of such makers whose kinds repeat; `embedding_scale`
+  and `output_scale` multiply what is embedded and what is read out; `relative_bias` is a bias by
+  distance that all blocks share.
   """
 
   def __init__(
     self,
-    make_block: Callable[[nnx.Rngs], SequenceModule],
+    make_block: Callable[[nnx.Rngs], SequenceModule]
+    | Sequence[Callable[[nnx.Rngs], SequenceModule]],
     *,
     vocab_size: int,
     d_model: int,
@@ -29,6 +34,8 @@ class LanguageModel(SequenceModule):
     norm: nnx.Module,
     embedding_scale: float = 1.0,
     embedding_init: Any,
+    output_scale: float = 1.0,
+    relative_bias: nnx.Module | None = None,
     tie_embeddings: bool = False,
     scan_layers: bool | None = None,
     remat: str = "none",
@@ -37,6 +44,7 @@ class LanguageModel(SequenceModule):
     rngs: nnx.Rngs,
   ):
     self.vocab_size, self.embedding_scale = vocab_size, embedding_scale
+    self.output_scale, self.relative_bias = output_scale, relative_bias
     self.embedding = nnx.Embed(
       vocab_size,
       d_model,
@@ -46,8 +54,11 @@ class LanguageModel(SequenceModule):
       rngs=rngs,
     )
     scan = jax.default_backend() != "cpu" if scan_layers is None else scan_layers
-    self.stack = Stack(make_block, num_layers, scan=scan, remat=remat, rngs=rngs)
-    self.causal, self.state_is_constant = self.stack.causal, self.stack.state_is_constant
+    if callable(make_block):
+      self.stack = Stack(make_block, num_layers, scan=scan, remat=remat, rngs=rngs)
+    else:
+      self.stack = PatternStack(make_block, num_layers, scan=scan, remat=remat, rngs=rngs)
+    copy_traits(self, self.stack)
     self.norm = norm
     if tie_embeddings:
       self.head = None
@@ -69,10 +80,12 @@ class LanguageModel(SequenceModule):
     check_call(ids, form, reset, mask)
     x = self.embedding(jnp.asarray(ids))
     x = x * jnp.asarray(self.embedding_scale, x.dtype)
-    x, state = self.stack(x, state, form=form, reset=reset, mask=mask, rngs=rngs)
+    shared = {} if self.relative_bias is None else {"relative_bias": self.relative_bias()}
+    x, state = self.stack(x, state, form=form, reset=reset, mask=mask, rngs=rngs, **shared)
     return self.norm(x), state
 
   def read_out(self, features: jax.Array) -> jax.Array:
+    features = features * jnp.asarray(self.output_scale, features.dtype)
     logits = self.embedding.attend(features) if self.head is None else self.head(features)
     return logits.astype(state_dtype(logits.dtype))
 

@@ -1,0 +1,111 @@
+"""Language models whose layers have different mixers."""
+
+import ast
+import functools
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+
+from ..closest import closest
+from ..layers.feed_forward import GatedFeedForward
+from ..layers.norm import RMSNorm
+from ..mixers import MIXERS
+from .language_model import LanguageModel
+from .stack import Block
+
+
+class Hybrid(LanguageModel):
+  """Pre-norm blocks with RMSNorm and a gated feed-forward, their mixers in a repeating pattern.
+
+      Hybrid(pattern="retention, retention(decay='gated'), attention(window=512)", ...)
+
+  Any of `mixers.MIXERS`, each with options of its own. Scanned layers compile one repetition of
+  the pattern, and the layers left of an incomplete one.
+
+  Args:
+    pattern: see `parse_pattern`.
+    num_heads: of every mixer that has no number of its own.
+    ffn_dim, activation: of the feed-forward.
+    eps: of the norms.
+  """
+
+  def __init__(
+    self,
+    *,
+    vocab_size: int,
+    d_model: int,
+    num_layers: int,
+    num_heads: int,
+    ffn_dim: int,
+    pattern: str = "retention, retention, attention",
+    activation: str = "silu",
+    tie_embeddings: bool = False,
+    dropout: float = 0.0,
+    eps: float = 1e-6,
+    chunk_size: int = 128,
+    scan_layers: bool | None = None,
+    remat: str = "none",
+    dtype: Any = None,
+    param_dtype: Any = jnp.float32,
+    rngs: nnx.Rngs,
+  ):
+    dtypes = {"dtype": jnp.dtype(dtype or param_dtype), "param_dtype": jnp.dtype(param_dtype)}
+    norm = functools.partial(RMSNorm, d_model, epsilon=eps, **dtypes)
+
+    def make_block(name: str, options: dict[str, Any], rngs: nnx.Rngs) -> Block:
+      options = {"num_heads": num_heads, "chunk_size": chunk_size, **options}
+      try:
+        mixer = MIXERS[name](d_model, **options, **dtypes, rngs=rngs)
+      except TypeError as error:  # an option that the mixer does not have
+        raise ValueError(f"pattern {pattern!r}: {error}") from error
+      return Block(
+        mixer_norm=norm(rngs=rngs),
+        mixer=mixer,
+        feed_forward_norm=norm(rngs=rngs),
+        feed_forward=GatedFeedForward(d_model, ffn_dim, activation=activation, **dtypes, rngs=rngs),
+        dropout=dropout,
+      )
+
+    super().__init__(
+      [functools.partial(make_block, *one) for one in parse_pattern(pattern)],
+      vocab_size=vocab_size,
+      d_model=d_model,
+      num_layers=num_layers,
+      norm=norm(rngs=rngs),
+      embedding_scale=d_model**0.5,
+      embedding_init=nnx.initializers.normal(d_model**-0.5),
+      tie_embeddings=tie_embeddings,
+      scan_layers=scan_layers,
+      remat=remat,
+      **dtypes,
+      rngs=rngs,
+    )
+
+
+def parse_pattern(pattern: str) -> list[tuple[str, dict[str, Any]]]:
+  """Names of mixers and their options, `"retention(decay='gated'), attention"`.
+
+  Written as calls in Python, with constants for arguments.
+  Raises `ValueError` for any other text and for a mixer that there is not.
+  """
+  try:
+    calls = ast.parse(f"[{pattern}]", mode="eval").body.elts
+    parsed = [
+      (call.func.id, {word.arg: ast.literal_eval(word.value) for word in call.keywords})
+      if isinstance(call, ast.Call) and not call.args
+      else (call.id, {})
+      for call in calls
+    ]
+  except (SyntaxError, AttributeError, ValueError):
+    parsed = []
+  if not parsed:
+    raise ValueError(
+      f"pattern is {pattern!r}, expected text such as retention, attention(window=8)"
+    )
+  for name, _ in parsed:
+    if name not in MIXERS:
+      guess = closest(name, sorted(MIXERS))
+      hint = f"did you mean {guess!r}?" if guess else f"expected one of {', '.join(MIXERS)}"
+      raise ValueError(f"pattern {pattern!r} has the unknown mixer {name!r}; {hint}")
+  return parsed
