@@ -49,7 +49,7 @@ def assert_same(one, other):
     np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize("subject", first_of_each_class())
+@pytest.mark.parametrize("subject", list(first_of_each_class()))
 def test_weights_of_nnx_give_the_same(subject):
   """Bit for bit, in training: outputs, state, gradients and batch statistics."""
   model, module, variables = twins(subject.make)
