@@ -14,7 +14,8 @@ from flax import nnx
 
 from .assembly import check_leaves, expected_leaves, fill
 from .interface import SequenceModule
-from .models import FREE_OPTIONS, build, complete
+from .models import build, complete
+from .models.registry import find
 
 if TYPE_CHECKING:
   from ml_collections import ConfigDict
@@ -134,11 +135,12 @@ def _open(path: Path, step: int | None, best: bool = False) -> "Saved":
 
 def _check_options(path: Any, trained: Mapping[str, Any], model: Mapping[str, Any]) -> None:
   """Raises `ValueError` listing the options by which two models are different functions."""
-  free = {name: option for name, option in model.items() if name in FREE_OPTIONS}
-  trained, model = complete({**trained, **free}), complete(model)
+  free = find(model.get("architecture")).free_options
+  kept = {name: option for name, option in model.items() if name in free}
+  trained, model = complete({**trained, **kept}), complete(model)
   differing = {
     name: (trained.get(name), model.get(name))
-    for name in sorted((trained.keys() | model.keys()) - FREE_OPTIONS)
+    for name in sorted((trained.keys() | model.keys()) - free)
     if trained.get(name) != model.get(name)
   }
   if _structure(trained) == _structure(model):  # then None is but another way to say its default

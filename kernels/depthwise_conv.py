@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 
+@jax.named_scope("convolution")
 def causal_depthwise_conv(
   x: jax.Array,  # [b, t, d]
   taps: jax.Array,  # [n, d]

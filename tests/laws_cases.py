@@ -6,11 +6,16 @@ import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from laws_bench import BATCH, LENGTH, SIMPLEST, SUBJECTS, Case, bench
 
 from triform.arch.interface import FORMS
 
-SHAPES = ((1, 1), (3, 4), (1, 13))  # one token, one chunk, three and a bit: for law 1
+SHAPES = (  # for law 1: one token, one chunk, three and a bit
+  (1, 1),
+  (3, 4),
+  pytest.param((1, 13), marks=pytest.mark.slow),
+)
 PIECES = (1, 5)  # a decoding step, and a ragged piece; each a compiled program per form
 
 

@@ -10,24 +10,20 @@ from toy import ToyBlock
 from triform.arch import (
   Attention,
   Block,
-  Hybrid,
   MultiDConvHeadAttention,
-  Primer,
   Retention,
   RetentionState,
-  RetNet,
   Stack,
-  Transformer,
-  TransformerPlusPlus,
 )
 from triform.arch.layers.feed_forward import GatedFeedForward
 from triform.arch.mixers.retention import log_decays, rotary_angles
+from triform.arch.models.registry import ARCHITECTURES
 from triform.kernels import rotary_steps
 from triform.kernels.retention import reference
 
 __all__ = ["SUBJECTS", "D"]  # all registered, for who takes them from here
 
-D, VOCAB = 8, 32
+D = 8
 
 
 def retention_oracle(variables, x, state, reset, mask, *, dialect, eps=1e-6):
@@ -101,39 +97,33 @@ def stack(scan, one):
   return make
 
 
-def language_model(**options):
-  sizes = {"vocab_size": VOCAB, "d_model": D, "num_layers": 2, "num_heads": 2}
-  sizes |= {"value_dim": 16, "ffn_dim": 12, "chunk_size": 4}
-  return functools.partial(RetNet, **sizes | options)
-
-
 def attention(mixer=Attention, **options):
   return functools.partial(mixer, D, **{"num_heads": 2, "max_len": 32, "chunk_size": 4} | options)
 
 
-def transformer(model, **options):
-  sizes = {"vocab_size": VOCAB, "d_model": D, "num_layers": 2, "num_heads": 2, "ffn_dim": 12}
-  return functools.partial(model, **sizes | {"chunk_size": 4} | options)
-
-
-def table(parameters):
-  return parameters["embedding"]["embedding"]
+def register_architecture(name, variant="", *, slow=False, **options):
+  """A language model that `models.registry` knows, as it is small; `options` make a variant."""
+  architecture = ARCHITECTURES[name]
+  sizes = {**architecture.small, **options}
+  register(
+    "-".join(filter(None, (name, variant))),
+    functools.partial(architecture.model, **sizes),
+    distinct_ids(sizes["vocab_size"]),
+    table=lambda parameters: parameters["embedding"]["embedding"],
+    slow=slow,
+  )
 
 
 register("retention-fixed", retention(), vectors(D), oracle=oracle("torchscale"))
-register("retention-learned", retention(decay="learned"), vectors(D))
+register("retention-learned", retention(decay="learned"), vectors(D), slow=True)
 register("retention-gated", retention(decay="gated"), vectors(D))
 register("retention-fla", retention(dialect="fla"), vectors(D), oracle=oracle("fla"))
-register("retention-grouped", retention(num_heads=4, num_kv_heads=2), vectors(D))
+register("retention-grouped", retention(num_heads=4, num_kv_heads=2), vectors(D), slow=True)
 register("block", functools.partial(block, dropout=0.3), vectors(D), trains=True)
 register("stack-scanned", stack(True, retention()), vectors(D))
-register("stack-unrolled", stack(False, retention()), vectors(D))
-register("toy", functools.partial(ToyBlock, D), vectors(D), trains=True)
+register("stack-unrolled", stack(False, retention()), vectors(D), slow=True)
+register("toy", functools.partial(ToyBlock, D), vectors(D), trains=True, slow=True)
 register("toy-scanned", stack(True, functools.partial(ToyBlock, D)), vectors(D), trains=True)
-register("retnet-torchscale", language_model(scan_layers=False), distinct_ids(VOCAB), table=table)
-register(
-  "retnet-fla", language_model(dialect="fla", scan_layers=True), distinct_ids(VOCAB), table=table
-)
 register("attention-rotary", attention(num_heads=4, num_kv_heads=2), vectors(D), slow=True)
 register("attention-relative", attention(position="relative"), vectors(D), slow=True)
 register("attention-window", attention(window=3), vectors(D), slow=True)
@@ -149,35 +139,17 @@ register(
   vectors(D),
   slow=True,
 )
-register(
-  "transformer",
-  transformer(Transformer, max_len=32, tie_embeddings=False, scan_layers=True, dropout=0.3),
-  distinct_ids(VOCAB),
-  table=table,
-)
-register(
-  "transformer++",
-  transformer(TransformerPlusPlus, window=5, num_kv_heads=1, scan_layers=False),
-  distinct_ids(VOCAB),
-  table=table,
-  slow=True,
-)
-register(
-  "primer",
-  transformer(Primer, max_len=32, tie_embeddings=False, scan_layers=True),
-  distinct_ids(VOCAB),
-  table=table,
-)
-register(
+register_architecture("retnet")
+register_architecture("retnet", "fla", dialect="fla", scan_layers=True, slow=True)
+register_architecture("transformer", scan_layers=True, dropout=0.3)
+register_architecture("transformer++", window=5, num_kv_heads=1, slow=True)
+register_architecture("primer", scan_layers=True)
+register_architecture("hybrid", scan_layers=True)
+register_architecture(
   "hybrid",
-  transformer(Hybrid, pattern="attention(window=3), retention", scan_layers=True),
-  distinct_ids(VOCAB),
-  table=table,
-)
-register(
-  "hybrid-rest",
-  transformer(Hybrid, pattern="retention, attention(window=3)", num_layers=3, scan_layers=True),
-  distinct_ids(VOCAB),
-  table=table,
+  "rest",
+  pattern="retention, attention(window=3)",
+  num_layers=3,
+  scan_layers=True,
   slow=True,
 )

@@ -4,7 +4,6 @@ import importlib.util
 import math
 import re
 from pathlib import Path
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -95,97 +94,3 @@ def test_tiny_models_are_what_others_rely_on():
     if path.stem.endswith("_tiny"):
       config = load_module(path).get_config()
       assert config.model.dtype == "float32" and config.model.vocab_size >= 256
-
-
-@pytest.mark.parametrize("variant", ["torchscale", "fla", "gated", "learned"])
-@pytest.mark.parametrize("kv_heads", [4, 2])
-@pytest.mark.parametrize("tied", [True, False])
-def test_products_with_weights_are_counted_exactly(variant, kv_heads, tied):
-  module = load_module(next(path for path in CONFIGS if path.stem == "retnet_tiny"))
-  model = {**module.get_config(variant).model, "num_kv_heads": kv_heads, "tie_embeddings": tied}
-  params = parameters(model)
-  leaves = jax.tree_util.tree_leaves_with_path(params)
-  kernels = sum(leaf.size for path, leaf in leaves if path[-1].key == "kernel")
-  head = params["embedding"]["embedding"].size if tied else 0
-  counted = flops.CLOSED_FORMS["retnet"](model, 64, "parallel")
-  assert counted["projections"] + counted["logits"] == 2 * (kernels + head)
-
-
-@pytest.mark.parametrize(
-  ("architecture", "options"),
-  [
-    ("transformer", {}),
-    ("transformer", {"num_kv_heads": 2, "key_size": 24, "gated": True}),
-    ("transformer++", {"num_kv_heads": 1}),
-    ("primer", {}),
-    ("primer", {"shared_qk": False, "num_kv_heads": 2}),
-    ("primer", {"shared_qk": False, "num_taps": 0}),
-    ("hybrid", {"pattern": "retention(value_dim=24), attention", "num_layers": 5}),
-    ("hybrid", {"pattern": "mdha(shared_qk=True, num_kv_heads=2), retention(decay='gated')"}),
-  ],
-)
-def test_products_with_weights_of_attention_are_counted_exactly(architecture, options):
-  sizes = {"vocab_size": 40, "d_model": 16, "num_layers": 3, "num_heads": 4, "ffn_dim": 20}
-  model = {"architecture": architecture, **sizes, "tie_embeddings": True, **options}
-  params = parameters(model)
-  leaves = jax.tree_util.tree_leaves_with_path(params)
-  kernels = sum(leaf.size for path, leaf in leaves if path[-1].key == "kernel")
-  taps = sum(
-    leaf.size // leaf.shape[-2] * (2 * leaf.shape[-2] - 1)
-    for path, leaf in leaves
-    if path[-1].key == "taps"
-  )
-  counted = flops.CLOSED_FORMS[architecture](model, 64, "parallel")
-  assert counted["projections"] == 2 * kernels
-  assert counted["logits"] == 2 * params["embedding"]["embedding"].size
-  assert counted.get("convolutions", 0) == taps
-
-
-def test_attention_is_counted_by_what_causality_and_the_window_leave():
-  config = {"d_model": 8, "num_heads": 2}
-  t, per_pair = 10, 2 * 2 * 2 * 4  # multiply-adds, heads, scores and values, key size
-  whole = flops.attention(config, t, "parallel")["mixing"]
-  assert whole == per_pair * sum(range(1, t + 1)) / t
-  near = flops.attention({**config, "window": 3}, t, "parallel")["mixing"]
-  assert near == per_pair * (1 + 2 + 3 * 8) / t
-
-
-def test_mixing_is_counted_by_form():
-  model = {
-    "d_model": 8, "num_heads": 2, "value_dim": 16, "ffn_dim": 8, "num_layers": 3, "vocab_size": 9,
-    "chunk_size": 4,
-  }  # fmt: skip
-  key, value, heads, layers, t = 4, 8, 2, 3, 10
-
-  def mixing(form):
-    return flops.retnet(model, t, form)["mixing"] / (2 * layers * heads)
-
-  pairs = sum(range(1, t + 1)) / t
-  assert mixing("parallel") == pairs * (key + value)
-  assert mixing("recurrent") == 2 * key * value
-  assert mixing("chunkwise") == (1 + 2 + 3 + 4) / 4 * (key + value) + 2 * key * value
-
-
-@pytest.mark.parametrize(
-  ("kind", "peak"),
-  [
-    ("TPU v5", 459e12),  # a v5p
-    ("TPU v5 lite", 197e12),
-    ("TPU v6 lite", 918e12),
-    ("NVIDIA H100 80GB HBM3", 989e12),
-  ],
-)
-def test_peaks_by_the_name_a_device_gives_itself(kind, peak):
-  assert flops.peak_flops(SimpleNamespace(device_kind=kind, platform="tpu")) == peak
-
-
-@pytest.mark.parametrize(
-  ("platform", "expected"), [("cpu", (1024, "float32")), ("rocm", (8192, "bfloat16"))]
-)
-def test_an_unknown_device_is_measured_at_what_it_is_good_at(platform, expected, monkeypatch):
-  monkeypatch.setattr(flops, "_measured_flops", lambda device, n, dtype: (n, jnp.dtype(dtype).name))
-  assert flops.peak_flops(SimpleNamespace(device_kind="new", platform=platform)) == expected
-
-
-def test_the_peak_of_this_processor_is_measured():
-  assert 1e8 < flops._measured_flops(jax.devices()[0], 256, jnp.float32) < 1e15

@@ -20,8 +20,8 @@ from triform.arch.data.tokenizers import ByteTokenizer
 from triform.arch.export import export
 from triform.arch.folder import read_folder
 from triform.arch.loading import initial_parameters, load_config
-from triform.arch.models import ARCHITECTURES
 from triform.arch.models.language_model import LanguageModel
+from triform.arch.models.registry import ARCHITECTURES, Architecture
 from triform.arch.training import workdir as workdirs
 from triform.arch.training.checkpoints import Checkpoints
 
@@ -94,7 +94,7 @@ def toy(monkeypatch):
         rngs=rngs,
       )
 
-  monkeypatch.setitem(ARCHITECTURES, "toy", Toy)
+  monkeypatch.setitem(ARCHITECTURES, "toy", Architecture(Toy))
   return {"architecture": "toy"}
 
 

@@ -146,7 +146,7 @@ def rewrite(path, change):
     ),
     (
       lambda p: edit(p, lambda d: d["config"]["model"].update(architecture="retnet9")),
-      "architecture is 'retnet9', expected one of retnet",
+      "architecture is 'retnet9', expected one of .*retnet, tr",
     ),
     (
       lambda p: edit(p, lambda d: d["config"]["model"].update(extra=1)),

@@ -11,8 +11,9 @@ from triform.arch.data.packing import Documents
 from triform.arch.data.tokenizers import ByteTokenizer
 from triform.arch.evaluation import _restarted, evaluate
 from triform.arch.layout import from_stacked, split_model, to_stacked
-from triform.arch.models import ARCHITECTURES, complete, fields
+from triform.arch.models import complete, fields
 from triform.arch.models.hybrid import parse_pattern
+from triform.arch.models.registry import ARCHITECTURES
 
 SIZES = {"vocab_size": 11, "d_model": 8, "num_layers": 2, "num_heads": 2, "ffn_dim": 12}
 NAMES = ("transformer", "transformer++", "primer", "hybrid")

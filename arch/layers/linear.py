@@ -5,6 +5,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+PRODUCT = "product"  # what a product with weights is called by where it is decided what to store
 
 
 class Linear(nnx.Linear):
@@ -22,7 +25,8 @@ class Linear(nnx.Linear):
     """`product(x, kernel)` may replace the product, where an activation is computed with it."""
     kernel = self.kernel[...]
     dtype = jnp.result_type(x, kernel) if self.dtype is None else self.dtype
-    y = (product or _product)(jnp.asarray(x, dtype), kernel.astype(dtype))
+    # By name, because what is within a gradient of our own is not seen by policies.
+    y = checkpoint_name((product or _product)(jnp.asarray(x, dtype), kernel.astype(dtype)), PRODUCT)
     if self.bias is not None:
       y += self.bias[...].astype(dtype).reshape((1,) * (y.ndim - 1) + (-1,))
     return y

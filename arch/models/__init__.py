@@ -1,6 +1,8 @@
-"""Models by name."""
+"""Models by name. Every file here that registers an architecture is found by itself."""
 
+import importlib
 import inspect
+import pkgutil
 import typing
 from collections.abc import Mapping
 from typing import Any
@@ -11,22 +13,10 @@ from ml_collections.config_dict import placeholder
 
 from ..closest import closest
 from ..interface import SequenceModule
-from .hybrid import Hybrid
-from .primer import Primer
-from .retnet import RetNet
-from .transformer import Transformer, TransformerPlusPlus
+from .registry import find
 
-ARCHITECTURES = {
-  "retnet": RetNet,
-  "hybrid": Hybrid,
-  "primer": Primer,
-  "transformer": Transformer,
-  "transformer++": TransformerPlusPlus,
-}
-# How a model is computed and trained; any other option says which function it is.
-FREE_OPTIONS = frozenset(
-  {"chunk_size", "dropout", "dtype", "max_len", "param_dtype", "remat", "scan_layers"}
-)
+for _module in pkgutil.iter_modules(__path__, f"{__name__}."):
+  importlib.import_module(_module.name)
 
 
 def build(config: Mapping[str, Any], *, rngs: nnx.Rngs) -> SequenceModule:
@@ -70,10 +60,7 @@ def _defaults(model: type[SequenceModule]) -> dict[str, Any]:
 def _resolve(config: Mapping[str, Any]) -> tuple[type[SequenceModule], dict[str, Any]]:
   options = dict(config)
   architecture = options.pop("architecture", None)
-  if architecture not in ARCHITECTURES:
-    known = ", ".join(ARCHITECTURES)
-    raise ValueError(f"architecture is {architecture!r}, expected one of {known}")
-  model = ARCHITECTURES[architecture]
+  model = find(architecture).model
   known = set(inspect.signature(model.__init__).parameters) - {"self", "rngs"}
   for name in sorted(set(options) - known):
     guess = closest(name, sorted(known))

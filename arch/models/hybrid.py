@@ -12,9 +12,16 @@ from ..layers.feed_forward import GatedFeedForward
 from ..layers.norm import RMSNorm
 from ..mixers import MIXERS
 from .language_model import LanguageModel
+from .registry import register
 from .stack import Block
 
+SMALL = {
+  "vocab_size": 32, "d_model": 8, "num_layers": 2, "num_heads": 2, "ffn_dim": 12,
+  "pattern": "attention(window=3), retention", "chunk_size": 4, "scan_layers": False,
+}  # fmt: skip
 
+
+@register("hybrid", small=SMALL)
 class Hybrid(LanguageModel):
   """Pre-norm blocks with RMSNorm and a gated feed-forward, their mixers in a repeating pattern.
 

@@ -84,6 +84,7 @@ class LanguageModel(SequenceModule):
     x, state = self.stack(x, state, form=form, reset=reset, mask=mask, rngs=rngs, **shared)
     return self.norm(x), state
 
+  @jax.named_scope("logits")
   def read_out(self, features: jax.Array) -> jax.Array:
     features = features * jnp.asarray(self.output_scale, features.dtype)
     logits = self.embedding.attend(features) if self.head is None else self.head(features)

@@ -10,10 +10,12 @@ from flax import nnx
 from ..layers.feed_forward import FeedForward
 from ..mixers.attention import DEFAULT_MAX_LEN, Attention, MultiDConvHeadAttention, Position
 from .language_model import LanguageModel
+from .registry import register
 from .stack import Block, NormPlacement
-from .transformer import Norm, make_norm, make_relative_bias
+from .transformer import SMALL, Norm, make_norm, make_relative_bias
 
 
+@register("primer", small={**SMALL, "tie_embeddings": False}, free_options={"max_len"})
 class Primer(LanguageModel):
   """Primer: squared ReLU, multi-DConv-head attention, shared QK, norms before and after.
 

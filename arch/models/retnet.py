@@ -11,9 +11,16 @@ from ..layers.feed_forward import GatedFeedForward
 from ..layers.norm import RMSNorm
 from ..mixers.retention import Decay, Dialect, Retention
 from .language_model import LanguageModel
+from .registry import register
 from .stack import Block
 
+SMALL = {
+  "vocab_size": 32, "d_model": 8, "num_layers": 2, "num_heads": 2, "value_dim": 16, "ffn_dim": 12,
+  "chunk_size": 4, "scan_layers": False,
+}  # fmt: skip
 
+
+@register("retnet", small=SMALL)
 class RetNet(LanguageModel):
   """RetNet language model: pre-norm blocks of multi-scale retention and a gated feed-forward.
 

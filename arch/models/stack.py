@@ -9,12 +9,13 @@ import jax.numpy as jnp
 from flax import nnx
 
 from ..interface import Scanned, SequenceModule, check_call, copy_traits
+from ..layers.linear import PRODUCT
 from ..sharding import constrain_batch
 
 # What of a layer is stored for the backward pass, which computes the rest again.
 REMAT_POLICIES = {
   "none": None,  # all of it is stored
-  "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # products with weights
+  "dots": jax.checkpoint_policies.save_only_these_names(PRODUCT),  # products with weights
   "full": jax.checkpoint_policies.nothing_saveable,  # its input alone
 }
 

@@ -10,6 +10,7 @@ from ..layers.feed_forward import FeedForward, GatedFeedForward
 from ..layers.norm import RMSNorm
 from ..mixers.attention import DEFAULT_MAX_LEN, Attention, Position, RelativeBias
 from .language_model import LanguageModel
+from .registry import register
 from .stack import Block
 
 Norm = Literal["layer", "rms"]
@@ -24,6 +25,13 @@ def make_norm(kind: Norm, d_model: int, *, eps: float, rngs: nnx.Rngs, **dtypes:
   raise ValueError(f"norm is {kind!r}, expected layer or rms")
 
 
+SMALL = {
+  "vocab_size": 32, "d_model": 8, "num_layers": 2, "num_heads": 2, "ffn_dim": 12, "max_len": 32,
+  "chunk_size": 4, "scan_layers": False,
+}  # fmt: skip
+
+
+@register("transformer", small=SMALL, free_options={"max_len"})
 class Transformer(LanguageModel):
   """Decoder-only Transformer: pre-norm blocks of causal attention and a feed-forward.
 
@@ -108,6 +116,7 @@ class Transformer(LanguageModel):
     )
 
 
+@register("transformer++", small=SMALL, free_options={"max_len"})
 class TransformerPlusPlus(Transformer):
   """Transformer++: RMSNorm, SwiGLU without biases, rotary positions, grouped heads, a window.
 

@@ -4,7 +4,7 @@ from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 from ..models import fields
-from ..sharding import RULES
+from ..models.registry import find
 
 
 def default_config(**model) -> ConfigDict:
@@ -42,7 +42,8 @@ def default_config(**model) -> ConfigDict:
       "z_loss": 0.0,  # weight of the squared log-partition function
       "average_decay": placeholder(float),  # of an average of the parameters, which then is used
       "mesh": "fsdp=-1",  # devices, as in data=2,fsdp=4; -1 is all the rest
-      "sharding_rules": RULES,  # parameter name (regular expression) and mesh axes
+      # Parameter names (regular expressions) and mesh axes.
+      "sharding_rules": find(model["architecture"]).sharding_rules,
       "optimizer": {
         "name": "adamw",  # or lion, adafactor
         "learning_rate": 1e-3,  # at its peak

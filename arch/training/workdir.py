@@ -24,7 +24,8 @@ import jax
 from ml_collections import ConfigDict
 
 from ..data.files import atomic_write
-from ..models import FREE_OPTIONS, complete
+from ..models import complete
+from ..models.registry import FREE_OPTIONS, find
 from .config_json import decode_config, encode_config, flatten
 
 # What the parameters depend on, with every option of the model that is not free: a run cannot be
@@ -76,8 +77,8 @@ def check(workdir: str | os.PathLike, config: ConfigDict) -> list[str]:
   Args:
     workdir: a folder that is new, empty, or that `prepare` has prepared before.
     config: the whole configuration. To resume a run, the corpus, the tokenizer and all of `model`
-      but `models.FREE_OPTIONS` must be what they were, where leaving an option out, or `None`, is
-      its default; the rest may change.
+      but its free options (see `models.registry`) must be what they were, where leaving an option
+      out, or `None`, is its default; the rest may change.
 
   Returns:
     What changes in a run that is resumed, a line each, such as `batch_size: 8 -> 16`.
@@ -202,9 +203,11 @@ def _check_resumable(workdir: Path, saved: ConfigDict, given: ConfigDict) -> Non
 
 def _fixed_values(config: ConfigDict) -> dict[str, Any]:
   fields = flatten(config)
+  options = FREE_OPTIONS
   if "model.architecture" in fields:
+    options = find(config.model.architecture).free_options
     fields |= {f"model.{name}": value for name, value in complete(config.model).items()}
-  free = {f"model.{name}" for name in FREE_OPTIONS}
+  free = {f"model.{name}" for name in options}
   return {
     key: value
     for key, value in fields.items()

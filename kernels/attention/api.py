@@ -21,6 +21,7 @@ def new_cache(
   return KVCache(k, v, jnp.zeros(batch_size, jnp.uint32))
 
 
+@jax.named_scope("mixing")
 def attention(
   q: jax.Array,  # [b, t, h, k]
   k: jax.Array,  # [b, t, g, k]

@@ -12,6 +12,7 @@ Form = Literal["parallel", "chunkwise", "recurrent"]
 FORMS: tuple[Form, ...] = get_args(Form)
 
 
+@jax.named_scope("mixing")
 def retention(
   q: jax.Array,  # [b, t, h, k]
   k: jax.Array,  # [b, t, g, k]

@@ -170,15 +170,19 @@ def _zeros_state(q, v, dtype):
   return jnp.zeros((q.shape[0], q.shape[2], q.shape[3], v.shape[-1]), dtype)
 
 
+def row_blocks(t: int) -> list[tuple[int, int]]:
+  """Where the blocks of rows of the parallel form start and stop."""
+  size = max(ROW_BLOCK, -(-t // MAX_ROW_BLOCKS))
+  return [(start, min(start + size, t)) for start in range(0, t, size)]
+
+
 def parallel(q, k, v, log_decay, state, reset, mask):
   """One run of length t, in blocks of rows so that what causality hides is not computed."""
   t, g, dtype = q.shape[1], k.shape[2], _accumulator(q, k, v, state)
   runs = _runs(log_decay.astype(dtype), reset, mask, g, t, dtype)
   heads = (_by_head(q, g, t), _by_head(k, g, t), _by_head(v, g, t))
-  block = max(ROW_BLOCK, -(-t // MAX_ROW_BLOCKS))
   outputs = []
-  for start in range(0, t, block):
-    stop = min(start + block, t)
+  for start, stop in row_blocks(t):
     rows, keys, values = heads[0][..., start:stop, :], *(a[..., :stop, :] for a in heads[1:])
     outputs.append(_attend(rows, keys, values, runs.pairs(start, stop)))
   out = jnp.concatenate(outputs, axis=-2)

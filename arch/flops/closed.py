@@ -1,0 +1,164 @@
+"""Closed forms: what a call of a module computes, layer by layer, from its sizes alone.
+
+`count(module, call)` looks its closed form up by the module's class. The file of a new layer brings
+its own:
+
+    @count.register
+    def _(layer: MyMixer, call: Call) -> Count:
+      return products(layer.projection, call) + ...
+
+They say what the program does, to the last addition, and tests hold them to `walk`. A training step
+is the gradient of the summed cross entropy of one row of tokens; what an optimizer does, and what
+pieces of the loss and of a batch add up, is not in it.
+"""
+
+import functools
+
+from flax import nnx
+
+from ..layers.feed_forward import FeedForward, GatedFeedForward
+from ..layers.linear import Linear
+from ..layers.norm import RMSNorm
+from ..models.language_model import LanguageModel
+from ..models.stack import Block, Group, PatternStack, Stack
+from .work import Call, Count, Work
+
+
+@functools.singledispatch
+def count(module: nnx.Module, call: Call) -> Count:
+  """The work of `module` in a call.
+
+  Args:
+    module: with or without values, see `nnx.eval_shape`.
+    call: how it is called.
+
+  Raises:
+    NotImplementedError: for a class of modules that has no closed form.
+  """
+  raise NotImplementedError(
+    f"{type(module).__name__} has no closed form of its work; write one in the file that defines "
+    "it, with `@triform.arch.flops.count.register`"
+  )
+
+
+def fan_out(readers: int, width: int, call: Call) -> Count:
+  """What `readers` of one vector a token add: the sum of their gradients."""
+  return Count(backward=Work(vector=(readers - 1) * call.length * width))
+
+
+@count.register
+def _(layer: Linear, call: Call) -> Count:
+  flops = 2 * call.length * layer.in_features * layer.out_features
+  bias = Work(vector=0 if layer.bias is None else call.length * layer.out_features)
+  return Count(Work(matmul=flops) + bias, Work(matmul=2 * flops) + bias)
+
+
+@count.register
+def _(layer: RMSNorm, call: Call) -> Count:
+  t, d = call.length, layer.num_features
+  return Count(
+    Work(vector=t * (4 * d + 2), transcendental=t),
+    Work(vector=t * (11 * d + 3), transcendental=t),
+  )
+
+
+@count.register
+def _(layer: nnx.LayerNorm, call: Call) -> Count:  # with a variance of differences, and a bias
+  t, d = call.length, layer.num_features
+  return Count(Work(vector=t * (8 * d + 3), transcendental=t), Work(vector=t * (15 * d + 7)))
+
+
+# Operations for every element of an activation, forward and backward: vector, transcendental.
+ACTIVATIONS = {
+  "gelu": ((4, 1), (10, 1)),
+  "relu": ((1, 0), (0, 0)),
+  "silu": ((1, 1), (6, 0)),
+  "squared_relu": ((2, 0), (3, 0)),
+}
+# Operations for every element of `gate(a, b)`, likewise.
+GATES = {"gelu": ((5, 1), (12, 1)), "relu": ((2, 0), (2, 0)), "silu": ((4, 1), (7, 1))}
+
+
+@count.register
+def _(layer: FeedForward, call: Call) -> Count:
+  size = call.length * layer.input.out_features
+  return total((layer.input, layer.output), call) + _each(ACTIVATIONS[layer.activation], size)
+
+
+@count.register
+def _(layer: GatedFeedForward, call: Call) -> Count:
+  size = call.length * layer.input.out_features
+  projections = total((layer.input, layer.gate, layer.output), call)
+  read = fan_out(2, layer.input.in_features, call)
+  return projections + read + _each(GATES[layer.activation], size)
+
+
+def _each(operations: tuple[tuple[int, int], tuple[int, int]], size: int) -> Count:
+  return Count(*(Work(vector=v, transcendental=f) * size for v, f in operations))
+
+
+@count.register
+def _(block: Block, call: Call) -> Count:
+  size = call.length * block.mixer_norm.num_features
+  added = Count(Work(vector=2 * size), Work(vector=2 * size))
+  if call.training and block.dropout.rate:  # random bits are made numbers, compared, scaled
+    added += Count(Work(vector=2 * (5 * size + 1)), Work(vector=2 * size))
+  parts = (block.mixer_norm, block.mixer, block.feed_forward_norm, block.feed_forward)
+  return total(parts, call) + added
+
+
+@count.register
+def _(group: Group, call: Call) -> Count:
+  return total(group.blocks, call)
+
+
+@count.register
+def _(stack: PatternStack, call: Call) -> Count:
+  return total(filter(None, (stack.repeated, stack.rest)), call)
+
+
+@count.register
+def _(stack: Stack, call: Call) -> Count:
+  layers = [stack.layers] * stack.num_layers if stack.scan else stack.layers
+  counted = total(layers, call)
+  if stack.remat == "none" or not call.training or call.causal:
+    return counted
+  return counted + sum((_recomputed(layer, stack.remat, call) for layer in layers), Count())
+
+
+def _recomputed(block: Block, remat: str, call: Call) -> Count:
+  """All of a block but its last product and addition, or but all products with weights."""
+  forward = count(block, call).forward
+  kept = {
+    "full": count(block.feed_forward.output, call).forward,
+    "dots": Work(matmul=forward.matmul),
+  }[remat]
+  added = Work(vector=call.length * block.mixer_norm.num_features)
+  return Count(recompute=forward - kept - added)
+
+
+@count.register
+def _(model: LanguageModel, call: Call) -> Count:
+  t, d, vocab = call.length, model.embedding.features, model.vocab_size
+  embedded = Count(Work(vector=t * d), Work(vector=2 * t * d))
+  scaled = Count(Work(vector=t * d), Work(vector=t * d))
+  logits = Count(Work(logits=2 * t * d * vocab), Work(logits=4 * t * d * vocab))
+  if model.head is None:  # the gradients of the table as what is read and as the head
+    logits += Count(backward=Work(vector=vocab * d))
+  counted = embedded + total((model.stack, model.norm), call) + scaled + logits
+  if model.relative_bias is not None:  # the gradients of all layers are summed
+    table = count(model.relative_bias, call)
+    counted += Count(backward=table.backward * model.stack.num_layers)
+  return counted + _loss(t, d, vocab) if call.training else counted
+
+
+def _loss(t: int, d: int, vocab: int) -> Count:
+  """Cross entropy, which forms its gradient with its value: all of it stands under forward."""
+  return Count(
+    Work(vector=t * (6 * vocab + d + 9) + 2 * d * vocab + 3, transcendental=t * (2 * vocab + 1))
+  )
+
+
+def total(modules, call: Call) -> Count:
+  """The work of modules that are called one after another."""
+  return sum((count(module, call) for module in modules), Count())

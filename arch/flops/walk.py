@@ -1,0 +1,113 @@
+"""Counts the operations of a traced program: what the closed forms are held to."""
+
+import math
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, jaxprs_in_params
+from jax.interpreters import partial_eval
+
+from .work import Work
+
+# Names of scopes (`jax.named_scope`) that tell what products are for; the others are `matmul`.
+SCOPES = re.compile(r"\b(convolution|mixing|logits)\b")
+# One operation for every element of the result.
+VECTOR = {
+  *("abs", "add", "add_any", "cummax", "cummin", "cumprod", "cumsum", "div", "integer_pow", "max"),
+  *("min", "mul", "neg", "rem", "sign", "square", "sub"),
+}
+TRANSCENDENTAL = {
+  *("acos", "acosh", "asin", "asinh", "atan", "atan2", "atanh", "cbrt", "cos", "cosh", "erf"),
+  *("erf_inv", "erfc", "exp", "exp2", "expm1", "log", "log1p", "logistic", "pow", "rsqrt", "sin"),
+  *("sinh", "sqrt", "tan", "tanh"),
+}
+# One operation for every term.
+REDUCTIONS = {"reduce_max", "reduce_min", "reduce_prod", "reduce_sum"}
+
+
+def walk(f: Callable, *arguments: Any) -> Work:
+  """Counts what `f(*arguments)` computes for its results, without computing it.
+
+  A scan counts as often as it turns, whatever is called is entered, and a Pallas kernel counts as
+  its cost estimate says.
+
+  Args:
+    f: a function of arrays, which may be a gradient.
+    arguments: trees of arrays or `jax.ShapeDtypeStruct`s.
+
+  Raises:
+    ValueError: for a loop that turns an unknown number of times, a kernel without cost estimate.
+  """
+  jaxpr = jax.make_jaxpr(f)(*arguments).jaxpr
+  jaxpr, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
+  return _jaxpr(jaxpr, "")
+
+
+def _jaxpr(jaxpr: Jaxpr | ClosedJaxpr, scope: str) -> Work:
+  equations = (jaxpr.jaxpr if isinstance(jaxpr, ClosedJaxpr) else jaxpr).eqns
+  return sum((_equation(equation, scope) for equation in equations), Work())
+
+
+def _equation(equation: JaxprEqn, scope: str) -> Work:
+  scope = f"{scope}/{equation.source_info.name_stack}"
+  name, params = equation.primitive.name, equation.params
+  if name == "scan":
+    return _jaxpr(params["jaxpr"], scope) * params["length"]
+  if name == "while":
+    raise ValueError(f"a loop in {scope!r} turns an unknown number of times, expected a scan")
+  if name == "cond":
+    return max((_jaxpr(branch, scope) for branch in _possible(params)), key=_total)
+  if name == "pallas_call":
+    estimate = params["cost_estimate"]
+    if estimate is None:
+      raise ValueError(f"a Pallas kernel in {scope!r} has no cost_estimate")
+    kinds = {_purpose(scope): estimate.flops, "transcendental": estimate.transcendentals}
+    return Work(**kinds)
+  inner = [] if name.startswith("scatter") else [*jaxprs_in_params(params)]  # it has an addition
+  return sum((_jaxpr(jaxpr, scope) for jaxpr in inner), Work()) + _primitive(equation, scope)
+
+
+def _possible(params: dict[str, Any]) -> list[ClosedJaxpr]:
+  """The branches of a conditional, or the one that is for this platform."""
+  here, platforms = jax.default_backend(), params.get("branches_platforms")
+  if platforms is None:
+    return params["branches"]
+  chosen = (i for i, names in enumerate(platforms) if names is None or here in names)
+  return [params["branches"][next(chosen)]]
+
+
+def _total(work: Work) -> float:
+  return sum(work.values())
+
+
+def _purpose(scope: str) -> str:
+  return next(iter(SCOPES.findall(scope)), "matmul")
+
+
+def _primitive(equation: JaxprEqn, scope: str) -> Work:
+  name, out, params = equation.primitive.name, equation.outvars[0].aval, equation.params
+  if not jnp.issubdtype(getattr(out, "dtype", bool), jnp.floating):
+    return Work()
+  shapes = [operand.aval.shape for operand in equation.invars]
+  if name == "dot_general":
+    (contracted, _), _ = params["dimension_numbers"]
+    terms = math.prod(shapes[0][axis] for axis in contracted)
+    return Work(**{_purpose(scope): 2 * terms * out.size})
+  if name == "conv_general_dilated":
+    outputs = shapes[1][params["dimension_numbers"].rhs_spec[0]]
+    return Work(convolution=2 * math.prod(shapes[1]) // outputs * out.size)
+  if name in TRANSCENDENTAL:
+    return Work(transcendental=out.size)
+  if name in VECTOR:
+    operations = out.size
+  elif name in REDUCTIONS:
+    operations = math.prod(shapes[0])
+  elif name.startswith("scatter") and name != "scatter":
+    operations = math.prod(shapes[2])
+  else:
+    return Work()
+  purpose = _purpose(scope)
+  return Work(**{"convolution" if purpose == "convolution" else "vector": operations})
