@@ -229,9 +229,7 @@ def _matched(found: Any, expected: Any, path: str) -> Any:
   for problem, wrong in (("lacks", names - found.keys()), ("has unknown", found.keys() - names)):
     if wrong:
       raise ValueError(f"{path} {problem} {', '.join(sorted(wrong))}")
-  return {
-    key: _matched(found[str(key)], value, f"{path}/{key}") for key, value in expected.items()
-  }
+  return {key: _matched(found[str(key)], value, f"{path}/{key}") for key, value in expected.items()}
 
 
 def _with_string_keys(tree: Any) -> Any:

@@ -51,6 +51,7 @@ def folder(tmp_path_factory):
   train(tiny_config(folder, **changes), folder / "runs" / "retnet_tiny")
   python_stdlib.stdlib_root = before
   (folder / "README.md").write_text(README)
+  (folder / "configs").symlink_to(ROOT / "configs")
   return folder
 
 
@@ -209,7 +210,7 @@ def test_readme_python(folder, monkeypatch, block):
 def test_readme_programs(folder):
   lines = [line for block in blocks("bash") for line in block.splitlines()]
   commands = [line for line in lines if "eval.py" in line or "-m triform" in line]
-  assert len(commands) == 6
+  assert len(commands) == 7
   for command in commands:
     _, *arguments = shlex.split(command.replace("eval.py", str(ROOT / "eval.py")))
     done = run_program(folder, *arguments)
