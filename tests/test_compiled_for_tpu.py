@@ -40,8 +40,9 @@ def get_config(name):
   return module.get_config(), module.__doc__
 
 
-def test_a_training_step_of_retnet_1b_fits_on_v5e_4x4(v5e_4x4):
-  config, docstring = get_config("retnet_1b")
+@pytest.mark.parametrize("name", ["retnet_1b", "transformer_1b", "primer_1b"])
+def test_a_training_step_fits_on_v5e_4x4(v5e_4x4, name):
+  config, docstring = get_config(name)
   config.model.scan_layers = True  # as on a TPU
   program, lowered = lower_step(config, v5e_4x4)
   memory = lowered.compile().memory_analysis()

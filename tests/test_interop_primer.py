@@ -134,7 +134,7 @@ def test_restated_logits_state_and_packing(case, form):
 
 
 @every_form
-@LAYOUTS
+@pytest.mark.parametrize("scan_layers", [True, pytest.param(False, marks=pytest.mark.slow)])
 @RESTATED
 def test_restated_gradients(case, scan_layers, form):
   """Of `sum(logits * cot)`, by every parameter, the shared table of relative positions included."""

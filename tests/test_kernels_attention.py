@@ -174,8 +174,7 @@ def test_t5_buckets():
     relative_buckets(32, 8)
 
 
-@pytest.mark.parametrize("window", [None, 40])
-@pytest.mark.parametrize("segmented", [False, True])
+@pytest.mark.parametrize(("window", "segmented"), [(None, True), (40, False)])
 def test_the_kernel_for_tpus_is_the_same_function(window, segmented):
   """Interpreted, with gradients; that it compiles is in `test_compiled_for_tpu.py`."""
   rng = np.random.default_rng(0)
