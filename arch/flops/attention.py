@@ -5,7 +5,7 @@ It is that of JAX's own attention in plain XLA; a kernel computes fewer pairs.
 
 from ..layers.depthwise_conv import DepthwiseConv
 from ..mixers.attention import MAX_DISTANCE, Attention, MultiDConvHeadAttention, RelativeBias
-from .closed import count, fan_out, total
+from .closed import BEFORE_0_11, count, fan_out, total
 from .retention import rotation
 from .work import Call, Count, Work
 
@@ -28,7 +28,7 @@ def _(layer: MultiDConvHeadAttention, call: Call) -> Count:
   if layer.shared_qk:
     counted += fan_out(2, layer.key.out_features, call)
   if layer.input_floor is not None:
-    counted += Count(Work(vector=t * d), Work(vector=2 * t * d))
+    counted += Count(Work(vector=t * d), Work(vector=(1 + BEFORE_0_11) * t * d))
   if layer.conv_scale != 1:
     width = sum(conv.features for conv in convs.values())
     counted += Count(Work(vector=t * width), Work(vector=t * width))
@@ -48,7 +48,7 @@ def _(layer: DepthwiseConv, call: Call) -> Count:
 
 @count.register
 def _(layer: RelativeBias, call: Call) -> Count:
-  return Count(backward=Work(vector=layer.relative_bias.shape[0] * DISTANCES))
+  return Count(backward=Work(vector=layer.relative_bias.shape[-2] * DISTANCES))
 
 
 def _attend(layer: Attention, call: Call) -> Count:
@@ -71,7 +71,8 @@ def _core(layer: Attention, call: Call) -> Count:
     transcendental=(1 + tanh) * h * pairs,
   )
   product = Work(mixing=2 * h * k * pairs)
-  backward = Work(vector=h * ((7 + bias + 4 * tanh) * pairs + 3 * queries)) + product * 4
+  slopes = 7 + bias + (3 + BEFORE_0_11) * tanh
+  backward = product * 4 + Work(vector=h * (slopes * pairs + 3 * queries))
   if layer.window is not None and call.form != "recurrent":  # padding is moved to the end
     backward += Work(vector=2 * t * k * (h + g))
   if call.form != "parallel":  # the gradients of keys and bias are summed over steps

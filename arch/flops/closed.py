@@ -14,6 +14,8 @@ pieces of the loss and of a batch add up, is not in it.
 
 import functools
 
+import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from ..layers.feed_forward import FeedForward, GatedFeedForward
@@ -22,6 +24,8 @@ from ..layers.norm import RMSNorm
 from ..models.language_model import LanguageModel
 from ..models.stack import Block, Group, PatternStack, Stack
 from .work import Call, Count, Work
+
+BEFORE_0_11 = jax.__version_info__ < (0, 11)  # JAX, which has other derivatives since
 
 
 @functools.singledispatch
@@ -82,7 +86,9 @@ GATES = {"gelu": ((5, 1), (12, 1)), "relu": ((2, 0), (2, 0)), "silu": ((4, 1), (
 @count.register
 def _(layer: FeedForward, call: Call) -> Count:
   size = call.length * layer.input.out_features
-  return total((layer.input, layer.output), call) + _each(ACTIVATIONS[layer.activation], size)
+  return total((layer.input, layer.output), call) + each(
+    ACTIVATIONS, layer.activation, size, layer.input.dtype
+  )
 
 
 @count.register
@@ -90,11 +96,15 @@ def _(layer: GatedFeedForward, call: Call) -> Count:
   size = call.length * layer.input.out_features
   projections = total((layer.input, layer.gate, layer.output), call)
   read = fan_out(2, layer.input.in_features, call)
-  return projections + read + _each(GATES[layer.activation], size)
+  return projections + read + each(GATES, layer.activation, size, layer.input.dtype)
 
 
-def _each(operations: tuple[tuple[int, int], tuple[int, int]], size: int) -> Count:
-  return Count(*(Work(vector=v, transcendental=f) * size for v, f in operations))
+def each(table: dict, name: str, size: int, dtype: jnp.dtype) -> Count:
+  """An activation of `size` elements."""
+  counted = Count(*(Work(vector=v, transcendental=f) * size for v, f in table[name]))
+  if name == "gelu" and dtype == jnp.float32 and not BEFORE_0_11:
+    counted += Count(backward=Work(vector=17 * size))  # `exp(-x^2)` to the last bit
+  return counted
 
 
 @count.register
@@ -126,15 +136,22 @@ def _(stack: Stack, call: Call) -> Count:
   return counted + sum((_recomputed(layer, stack.remat, call) for layer in layers), Count())
 
 
-def _recomputed(block: Block, remat: str, call: Call) -> Count:
-  """All of a block but its last product and addition, or but all products with weights."""
-  forward = count(block, call).forward
-  kept = {
-    "full": count(block.feed_forward.output, call).forward,
-    "dots": Work(matmul=forward.matmul),
-  }[remat]
-  added = Work(vector=call.length * block.mixer_norm.num_features)
-  return Count(recompute=forward - kept - added)
+def _recomputed(layer: Block | Group, remat: str, call: Call) -> Count:
+  """All of a layer but what only its result needs, or but all products with weights as well."""
+  last = layer.blocks[-1] if isinstance(layer, Group) else layer
+  forward, width = count(layer, call).forward, call.length * last.mixer_norm.num_features
+  kept = Work(vector=width)  # the last addition
+  if last.norm_placement == "pre":
+    kept += count(last.feed_forward.output, call).forward
+  elif isinstance(last.feed_forward_norm, nnx.LayerNorm):
+    kept += Work(vector=2 * width)
+  else:
+    kept += count(last.feed_forward_norm, call).forward
+  if remat == "dots":
+    kept += Work(matmul=forward.matmul - kept.matmul)
+  if last.feed_forward.activation == "squared_relu" and kept.matmul:
+    kept += Work(vector=call.length * last.feed_forward.input.out_features)
+  return Count(recompute=forward - kept)
 
 
 @count.register

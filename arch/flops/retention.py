@@ -1,14 +1,10 @@
 """The closed form of retention: `mixers/retention.py` and `kernels/retention/`, line by line."""
 
-import jax
-
 from triform.kernels.retention.xla import row_blocks
 
 from ..mixers.retention import Retention
-from .closed import count, fan_out, total
+from .closed import BEFORE_0_11, count, fan_out, total
 from .work import Call, Count, Work
-
-REUSES_EXPM1 = jax.__version_info__ < (0, 11)  # its derivative is `y + 1` there, later `exp(x)`
 
 
 @count.register
@@ -62,8 +58,8 @@ def _head_norm(layer: Retention, t: int) -> Count:
   if layer.dialect == "torchscale" and layer.decay != "gated":
     counted += Count(Work(vector=3 * t * h + t, transcendental=t * h + h))
     if layer.decay == "learned":
-      slopes = (t + 1) * h  # of `expm1`
-      again = Work(vector=slopes) if REUSES_EXPM1 else Work(transcendental=slopes)
+      slopes = (t + 1) * h  # of `expm1`: `y + 1`, later `exp(x)`
+      again = Work(vector=slopes) if BEFORE_0_11 else Work(transcendental=slopes)
       counted += Count(backward=Work(vector=9 * t * h + 5 * h) + again)
   return counted
 

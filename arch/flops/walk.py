@@ -103,6 +103,10 @@ def _primitive(equation: JaxprEqn, scope: str) -> Work:
     return Work(transcendental=out.size)
   if name in VECTOR:
     operations = out.size
+  elif name == "one_minus_square":
+    operations = 2 * out.size
+  elif name == "polynomial":
+    operations = 2 * (len(shapes) - 2) * out.size
   elif name in REDUCTIONS:
     operations = math.prod(shapes[0])
   elif name.startswith("scatter") and name != "scatter":
