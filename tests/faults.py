@@ -132,6 +132,16 @@ FAULTS = [
     "law_7 and retention-fixed",
   ),
   Fault(
+    "phases as products in the default dtype",
+    "positions",
+    "kernels/rotary.py",
+    "return position[..., None] * steps[None, None, :]",
+    "phase = position[..., None].astype(float) * (steps[None, None, :] / float(TURN))\n"
+    "  return ((phase % 1.0) * float(TURN)).astype(jnp.uint32)",
+    LAWS,
+    "law_7_positions and retention-fixed",
+  ),
+  Fault(
     "positions go on after a reset",
     "packing",
     POSITIONS,

@@ -268,6 +268,8 @@ def rows_move(name: str, dtype: str, case: Case, form: str) -> None:
 
 # Law 7
 
+NEIGHBOURS = 5
+
 
 def at_position(state: Any, position: int) -> Any:
   """`state` with its counters of tokens, the unsigned integers, at `position`."""
@@ -285,18 +287,25 @@ def reachable(module: Any, position: int) -> int:
 
 
 def positions_do_not_drift(name: str, dtype: str, case: Case, form: str, position: int) -> None:
-  """Far from the start the error is what it is near it."""
+  """Far from the start the error is what it is near it.
+
+  Rounding differs from position to position, by a factor of two in one example of ten, so each is
+  the median of `NEIGHBOURS` positions.
+  """
   narrow, wide = bench(name, dtype), bench(name, "float64")
 
   def errors(position):
-    position = reachable(wide.module(), position)
     moved = case._replace(state=at_position(case.state, position))
     got, truth = narrow.trial(moved, form), wide.trial(moved, SIMPLEST)
     assert_same_counters(got.state, truth.state)
     got, truth = (kinds(o, case.mask) for o in (got, truth))
     return [error(got[kind], truth[kind]) for kind in truth]
 
-  for far, near in zip(errors(position), errors(100), strict=True):
+  def typical(position):
+    last = reachable(wide.module(), position)
+    return np.median([errors(last - n) for n in range(NEIGHBOURS)], axis=0)
+
+  for far, near in zip(typical(position), typical(100), strict=True):
     allowed = EXACT if dtype == "float64" else 2 * near + 4 * float(jnp.finfo(dtype).eps)
     assert far <= allowed, f"off by {far:.2g}, near the start by {near:.2g}"
 
