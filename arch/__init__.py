@@ -13,9 +13,12 @@ from .generation import generate, stream
 from .interface import FORMS, SequenceModule, put_rows, state_bytes, take_rows
 from .loading import load
 from .mixers.attention import Attention, MultiDConvHeadAttention
+from .mixers.hypermixing import CausalHyperMixing, HyperMixing, HyperMixingMemory
 from .mixers.retention import Retention, RetentionState
 from .models import build
+from .models.classifier import Classifier
 from .models.hybrid import Hybrid
+from .models.hypermixer import HyperMixer, HyperMixerClassifier
 from .models.language_model import LanguageModel
 from .models.primer import Primer
 from .models.retnet import RetNet
@@ -26,7 +29,13 @@ __all__ = [
   "FORMS",
   "Attention",
   "Block",
+  "CausalHyperMixing",
+  "Classifier",
   "Hybrid",
+  "HyperMixer",
+  "HyperMixerClassifier",
+  "HyperMixing",
+  "HyperMixingMemory",
   "LanguageModel",
   "MultiDConvHeadAttention",
   "PatternStack",

@@ -1,6 +1,6 @@
 """A model from values that were read somewhere, checked against what the model expects."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -49,13 +49,17 @@ def check_leaves(
 
 
 def fill(config: Mapping[str, Any], leaves: Mapping[str, Any]) -> SequenceModule:
-  """The model of `config` with the values of `leaves`, by name as in `arch.layout`.
+  """The model of `config` with the values of `leaves`; see `fill_module`."""
+  return fill_module(lambda: build(config, rngs=nnx.Rngs(0)), leaves)
+
+
+def fill_module(make: Callable[[], SequenceModule], leaves: Mapping[str, Any]) -> SequenceModule:
+  """What `make()` would give, with the values of `leaves`, by name as in `arch.layout`.
 
   Each leaf, any array-like, is read once and moved before the next one is, so memory holds the
   model and one leaf.
   """
-  abstract = nnx.eval_shape(lambda: build(config, rngs=nnx.Rngs(0)))
-  graphdef, params, variables = split_model(abstract)
+  graphdef, params, variables = split_model(nnx.eval_shape(make))
   like = {"params": params, "variables": variables}
   filled = {}
   for name, leaf in by_stacked_name(like).items():

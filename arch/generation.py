@@ -41,8 +41,14 @@ def stream(
     seed: the same seed, prompt and model give the same tokens.
 
   Raises:
+    NotImplementedError: for a model that is not causal.
     ValueError: for an empty prompt, an id that the model does not have, or a setting out of range.
   """
+  if not model.causal:
+    raise NotImplementedError(
+      f"{type(model).__name__} sees whole sequences, which a next token would change; expected a "
+      "causal language model"
+    )
   ids = np.atleast_2d(np.asarray(ids, np.int32))
   if ids.shape[1] == 0:
     raise ValueError("the prompt is empty, expected at least one token (such as bos_id)")

@@ -22,7 +22,7 @@ RULES = (
   (r"embedding/embedding$", (None, "fsdp")),
   (r"output/kernel$", (None, "fsdp")),
   (r"kernel$", ("fsdp", None)),
-  (r"(scale|bias|norm_weight|log_rate|relative_bias|taps)$", ()),
+  (r"(scale|bias|gain|norm_weight|log_rate|relative_bias|taps)$", ()),
 )
 
 

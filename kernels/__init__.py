@@ -6,14 +6,19 @@ Axis letters, everywhere: `b` batch, `t` time, `h` heads, `g` key/value heads, `
 
 from .attention import KVCache, attention, new_cache, relative_buckets
 from .depthwise_conv import causal_depthwise_conv
-from .positions import token_positions
+from .hypermixing import activate, causal_hypermixing
+from .positions import decayed_count, token_positions
 from .retention import head_norm, retention
 from .rotary import rotary_phase, rotary_steps, rotate
+from .sinusoid import sinusoid
 
 __all__ = [
   "KVCache",
+  "activate",
   "attention",
   "causal_depthwise_conv",
+  "causal_hypermixing",
+  "decayed_count",
   "head_norm",
   "new_cache",
   "relative_buckets",
@@ -21,5 +26,6 @@ __all__ = [
   "rotary_phase",
   "rotary_steps",
   "rotate",
+  "sinusoid",
   "token_positions",
 ]

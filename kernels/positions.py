@@ -29,3 +29,15 @@ def token_positions(
     count = jnp.where(document_start > 0, in_document, count)
   before_any = (seen == 0) & (start == 0)[:, None]
   return jnp.where(before_any, 0, count - 1), count[:, -1]
+
+
+def decayed_count(
+  position: jax.Array,  # uint32[b, t]
+  log_decay: jax.Array,  # [h], at most 0
+) -> jax.Array:  # [b, t, h]
+  """`sum_{j <= position} decay^j = (1 - decay^(position + 1)) / (1 - decay)`, for every head."""
+  dtype = log_decay.dtype
+  log_decay = log_decay[None, None]
+  count = (position.astype(dtype) + 1)[..., None]
+  decays = jnp.where(log_decay == 0, -1, log_decay)  # the closed form is 0/0 at decay 1
+  return jnp.where(log_decay == 0, count, jnp.expm1(decays * count) / jnp.expm1(decays))

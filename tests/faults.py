@@ -20,6 +20,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parents[1]
 SECONDS = 60
 API, XLA, POSITIONS = "kernels/retention/api.py", "kernels/retention/xla.py", "kernels/positions.py"
+RUNS = "kernels/runs.py"
 MIXER, STACK = "arch/mixers/retention.py", "arch/models/stack.py"
 ATTENTION, CONV = "kernels/attention/forms.py", "kernels/depthwise_conv.py"
 PACKING = "arch/data/packing.py"
@@ -42,9 +43,9 @@ FAULTS = [
   Fault(
     "ragged tail decays like a whole chunk",
     "retention",
-    XLA,
-    "pad(q), pad(k), pad(v), pad(mask)",
-    "pad(q), pad(k), pad(v), jnp.pad(mask, [(0, 0), (0, -t % c)], constant_values=True)",
+    RUNS,
+    "pad(reset), pad(mask), *map",
+    "pad(reset), jnp.pad(mask, [(0, 0), (0, -t % c)], constant_values=True), *map",
     LAWS,
     "law_1_forms_agree and retention-fixed and float64",
   ),
@@ -61,7 +62,7 @@ FAULTS = [
   Fault(
     "mask outside the exponential",
     "retention",
-    XLA,
+    RUNS,
     "return jnp.exp(jnp.where(visible, exponent, -jnp.inf))",
     "return jnp.where(visible, jnp.exp(exponent), 0)",
     KERNELS,
@@ -88,7 +89,7 @@ FAULTS = [
   Fault(
     "row scale off by one token",
     "retention",
-    API,
+    POSITIONS,
     "count = (position.astype(dtype) + 1)[..., None]",
     "count = position.astype(dtype)[..., None]",
     LAWS,
@@ -162,7 +163,7 @@ FAULTS = [
   Fault(
     "incoming state seen beyond a reset",
     "packing",
-    XLA,
+    RUNS,
     "exponent = jnp.where(self.documents == 0, exponent, -jnp.inf)",
     "exponent = jnp.where(self.documents <= 1, exponent, -jnp.inf)",
     LAWS,
@@ -199,7 +200,7 @@ FAULTS = [
   Fault(
     "masked token's reset honoured",
     "padding",
-    XLA,
+    RUNS,
     "starts = reset if mask is None else reset & mask",
     "starts = reset",
     LAWS,
@@ -235,7 +236,7 @@ FAULTS = [
   Fault(
     "a reset multiplies the state by 0",
     "packing",
-    XLA,
+    RUNS,
     "return jnp.where(weights == 0, 0, weights * x)",
     "return weights * x",
     KERNELS,
@@ -244,7 +245,7 @@ FAULTS = [
   Fault(
     "masked call rewrites the state",
     "padding",
-    XLA,
+    RUNS,
     "return jnp.where(mask.any(axis=1)[:, None, None, None], new, old)",
     "return new",
     LAWS,

@@ -42,6 +42,7 @@ class Subject:
     table: for a model of token ids, the embedding `[vocab, d]` among its parameters (a pure
       dictionary); `inputs` must then be `distinct_ids` of at least `BATCH * LENGTH`.
     trains: it has dropout or batch statistics, so that the laws of training apply.
+    causal: it goes on from a state; otherwise it sees whole sequences.
     slow: its tests are marked so: another subject stands for its architecture in the quick suite.
     oracle: `oracle(variables, x, state, reset, mask) -> (y, state)` in float64 NumPy, if there is
       one; `variables` is a pure dictionary.
@@ -52,6 +53,7 @@ class Subject:
   inputs: Callable[[np.random.Generator, int, int], np.ndarray]
   table: Callable[[dict], np.ndarray] | None = None
   trains: bool = False
+  causal: bool = True
   slow: bool = False
   oracle: Callable | None = None
 

@@ -10,9 +10,12 @@ from toy import ToyBlock
 from triform.arch import (
   Attention,
   Block,
+  CausalHyperMixing,
+  HyperMixing,
   MultiDConvHeadAttention,
   Retention,
   RetentionState,
+  SequenceModule,
   Stack,
 )
 from triform.arch.layers.feed_forward import GatedFeedForward
@@ -101,6 +104,31 @@ def attention(mixer=Attention, **options):
   return functools.partial(mixer, D, **{"num_heads": 2, "max_len": 32, "chunk_size": 4} | options)
 
 
+def hypermixing(mixer, **options):
+  return functools.partial(
+    mixer, D, **{"num_heads": 2, "mixing_dim": 12, "chunk_size": 4} | options
+  )
+
+
+class Bidirectional(SequenceModule):
+  """A module that sees whole sequences, told of no documents in them."""
+
+  causal = False
+
+  def __init__(self, make, **options):
+    self.module = make(**options)
+
+  def init_state(self, batch_size, *, max_len=None):
+    return self.module.init_state(batch_size)
+
+  def __call__(self, x, state=None, *, form="parallel", reset=None, mask=None, rngs=None):
+    return self.module(x, state, form=form, mask=mask, rngs=rngs)
+
+
+def bidirectional(name, make, inputs, **options):
+  register(name, functools.partial(Bidirectional, make), inputs, causal=False, **options)
+
+
 def register_architecture(name, variant="", *, slow=False, **options):
   """A language model that `models.registry` knows, as it is small; `options` make a variant."""
   architecture = ARCHITECTURES[name]
@@ -139,7 +167,25 @@ register(
   vectors(D),
   slow=True,
 )
+register("hypermixing-causal", hypermixing(CausalHyperMixing), vectors(D), slow=True)
+for normalizer in ("mean", "variance", "rms"):
+  register(
+    f"hypermixing-{normalizer}",
+    hypermixing(CausalHyperMixing, normalizer=normalizer, decay="fixed", use_bias=True),
+    vectors(D),
+    slow=normalizer != "rms",
+  )
+bidirectional(
+  "hypermixing-official", hypermixing(HyperMixing, position="official", tied=True), vectors(D)
+)
+bidirectional(
+  "hypermixing-none",
+  hypermixing(HyperMixing, position="none", activation="relu", use_bias=True),
+  vectors(D),
+  slow=True,
+)
 register_architecture("retnet")
+register_architecture("hypermixer", scan_layers=True)
 register_architecture("retnet", "fla", dialect="fla", scan_layers=True, slow=True)
 register_architecture("transformer", scan_layers=True, dropout=0.3)
 register_architecture("transformer++", window=5, num_kv_heads=1, slow=True)

@@ -3,18 +3,20 @@
 `load_fla(path)` reads a Hugging Face model of flash-linear-attention; `from_torchscale(config,
 params)` and `from_fla(config, params)` take the source's own option names and state dict (as
 NumPy arrays) and return a `RetNet`; `from_primer(config, params)` takes mesh-TensorFlow's variables
-and returns a `Primer`. They are called like any other model:
+and returns a `Primer`; `from_idiap` and `from_speechbrain` return a HyperMixing layer. They are
+called like any other model:
 
     logits, state = load_fla("retnet-1.3B-100B")(ids, form="chunkwise")
 
 Every parameter must be used exactly once, and an option that changes the function is either
-computed or refused by name: an import that returns is the published function. `to_torchscale`,
-`to_fla`, `to_primer` and `save_fla` are the inverses, and `state_to_...` and `state_from_...`
-convert what is carried along a sequence, so that one library goes on where the other stopped.
+computed or refused by name: an import that returns is the published function. `to_...` and
+`save_fla` are the inverses, and `state_to_...` and `state_from_...` convert what is carried along a
+sequence, so that one library goes on where the other stopped.
 """
 
 from .fla import from_fla, state_from_fla, state_to_fla, to_fla
 from .huggingface import load_fla, save_fla
+from .hypermixing import from_idiap, from_speechbrain, to_idiap, to_speechbrain
 from .primer import from_primer, to_primer
 from .torchscale import (
   from_torchscale,
@@ -25,7 +27,9 @@ from .torchscale import (
 
 __all__ = [
   "from_fla",
+  "from_idiap",
   "from_primer",
+  "from_speechbrain",
   "from_torchscale",
   "load_fla",
   "save_fla",
@@ -34,6 +38,8 @@ __all__ = [
   "state_to_fla",
   "state_to_torchscale",
   "to_fla",
+  "to_idiap",
   "to_primer",
+  "to_speechbrain",
   "to_torchscale",
 ]

@@ -107,7 +107,9 @@ def revert(model: SequenceModule, table: Table) -> dict[str, Tensor]:
 def _converted(weight: Weight, array: Any) -> Tensor:
   if weight.convert is None:
     return Tensor(weight.shape, array.dtype, lambda: np.asarray(array))
-  return Tensor(weight.shape[::-1], array.dtype, lambda: weight.convert(np.asarray(array)))
+  *stack, rows, columns = weight.shape
+  shape = (*stack, columns, rows)
+  return Tensor(shape, array.dtype, lambda: weight.convert(np.asarray(array)))
 
 
 def _stacked(layers: list[Tensor]) -> Tensor:

@@ -6,6 +6,7 @@ from typing import Literal, get_args
 import jax
 import jax.numpy as jnp
 
+from ..positions import decayed_count
 from . import xla
 
 Form = Literal["parallel", "chunkwise", "recurrent"]
@@ -120,10 +121,7 @@ def head_norm(
   if log_decay is None:
     floor = dtype.type(eps)
   else:
-    log_decay = jnp.asarray(log_decay).astype(dtype)[None, None, :]
-    count = (position.astype(dtype) + 1)[..., None]  # [b, t, 1]
-    decays = jnp.where(log_decay == 0, -1, log_decay)  # the closed form is 0/0 at decay 1
-    squared_scale = jnp.where(log_decay == 0, count, jnp.expm1(decays * count) / jnp.expm1(decays))
+    squared_scale = decayed_count(position, jnp.asarray(log_decay).astype(dtype))
     floor = eps * squared_scale[..., None]
   y = x * jax.lax.rsqrt(variance + floor)
   if weight is not None:

@@ -1,0 +1,182 @@
+"""HyperMixing of whole sequences, and its classifier, beside the laws."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from laws_errors import EXACT, error
+
+from triform.arch import CausalHyperMixing, HyperMixerClassifier, HyperMixing, generate
+from triform.arch.interface import FORMS
+from triform.arch.layers.hypernetwork import Hypernetwork
+
+every_form = pytest.mark.parametrize("form", FORMS)
+
+
+def layer(**options):
+  sizes = {"num_heads": 2, "mixing_dim": 12, "chunk_size": 4, "position": "official", **options}
+  return HyperMixing(8, **sizes, rngs=nnx.Rngs(0))
+
+
+def numbers(*shape):
+  return np.random.default_rng(0).normal(size=shape)
+
+
+def test_two_passes_over_pieces_are_the_whole():
+  mask = np.random.default_rng(1).random((2, 13)) < 0.8
+  with jax.enable_x64():
+    mixer, x = layer(param_dtype=jnp.float64), numbers(2, 13, 8)
+    pieces = [(x[:, i : i + 5], mask[:, i : i + 5]) for i in (0, 5, 10)]
+    memory = None
+    for piece, real in pieces:
+      memory = mixer.accumulate(piece, memory=memory, mask=real)
+    np.testing.assert_array_equal(memory.position, mask.sum(axis=1))
+    start, outputs = np.zeros(2, np.uint32), []
+    for piece, real in pieces:
+      outputs.append(mixer.read_out(memory, piece, start=start, mask=real))
+      start = start + real.sum(axis=1).astype(np.uint32)
+    y, state = mixer(x, mask=mask)
+  assert state == ()
+  assert error(np.concatenate(outputs, axis=1), y) <= EXACT
+
+
+@every_form
+def test_cross_mixing_reads_other_tokens(form):
+  """Of any number, with a padding of their own; their values apart if they are a pair."""
+  with jax.enable_x64():
+    mixer = layer(param_dtype=jnp.float64)
+    x, keys, values = numbers(2, 3, 8), numbers(2, 9, 8) + 1, numbers(2, 9, 8) - 1
+    memory_mask = np.arange(9)[None] < np.array([[9], [6]])
+    y, _ = mixer(x, form=form, memory=(keys, values), memory_mask=memory_mask)
+    total = mixer.accumulate(keys, values, mask=memory_mask)
+    assert error(y, mixer.read_out(total, x)) <= EXACT
+    short, _ = mixer(x[1:], form=form, memory=(keys[1:, :6], values[1:, :6]))
+    assert error(y[1:], short) <= EXACT
+    alone, _ = mixer(x, form=form, memory=keys)
+    assert error(alone, mixer(x, form=form, memory=(keys, keys))[0]) <= EXACT
+
+
+def test_padding_is_the_bias_of_the_norm():
+  mixer = layer()
+  mixer.norm.bias[...] = jnp.arange(8.0)
+  mask = np.arange(5)[None] < np.array([[3], [5]])
+  y, _ = mixer(np.float32(numbers(2, 5, 8)), mask=mask)
+  np.testing.assert_array_equal(y[0, 3:], np.broadcast_to(np.arange(8.0), (2, 8)))
+
+
+@pytest.mark.parametrize(
+  ("call", "error", "message"),
+  [
+    (lambda m, x: m(x, m.init_memory(2)), NotImplementedError, "goes on from no state; Causal"),
+    (lambda m, x: m(x, reset=np.zeros((2, 3), bool)), NotImplementedError, "so a reset is none"),
+    (lambda m, x: m(x, form="serial"), ValueError, "form is 'serial'"),
+  ],
+)
+def test_what_cannot_be_is_refused(call, error, message):
+  with pytest.raises(error, match=message):
+    call(layer(), np.float32(numbers(2, 3, 8)))
+
+
+def test_cross_mixing_of_a_tied_layer_is_refused():
+  x = np.float32(numbers(2, 3, 8))
+  with pytest.raises(ValueError, match="memory is given to a tied layer"):
+    layer(tied=True)(x, memory=x)
+
+
+@pytest.mark.parametrize(
+  ("options", "message"),
+  [
+    ({"num_heads": 3}, "d_model 8 is not divisible by num_heads 3"),
+    ({"mixing_dim": 9}, "mixing_dim 9 is not divisible by num_heads 2"),
+    ({"position": "learned"}, "position is 'learned', expected one of standard, official, none"),
+    ({"activation": "tanh"}, "activation is 'tanh', expected one of gelu, relu"),
+    ({"init": "xavier"}, "init is 'xavier', expected per_head or official"),
+  ],
+)
+def test_bad_options_are_told(options, message):
+  with pytest.raises(ValueError, match=message):
+    layer(**options)
+
+
+@pytest.mark.parametrize(
+  ("options", "message"),
+  [
+    ({"decay": "learned"}, "decay is 'learned', expected one of none, fixed"),
+    ({"normalizer": "sqrt"}, "normalizer is 'sqrt', expected one of none, mean, variance, rms"),
+  ],
+)
+def test_bad_options_of_the_causal_layer_are_told(options, message):
+  with pytest.raises(ValueError, match=message):
+    CausalHyperMixing(8, num_heads=2, mixing_dim=12, **options, rngs=nnx.Rngs(0))
+
+
+def test_rms_keeps_the_sum_in_scale():
+  """The activation's argument at any length, though the rows of a token's two parts are alike."""
+  mixer = CausalHyperMixing(
+    64, num_heads=4, mixing_dim=64, normalizer="rms", decay="fixed", layer_norm=False,
+    position="none", rngs=nnx.Rngs(0),
+  )  # fmt: skip
+  y, _ = mixer(np.float32(numbers(1, 2048, 64)), form="chunkwise")
+  early, late = (np.std(y[:, part]) for part in (slice(16, 64), slice(-256, None)))
+  assert 0.5 < late / early < 2
+
+
+@pytest.mark.parametrize(("init", "expected"), [("per_head", 0.177), ("official", 0.029)])
+def test_initial_weights_are_as_told(init, expected):
+  """Standard deviations at 512 channels, 512 hidden units and 8 heads."""
+  network = Hypernetwork(8, 64, 64, init=init, rngs=nnx.Rngs(0))
+  for part in (network.input, network.output):
+    assert np.std(part.kernel[...]) == pytest.approx(expected, rel=0.03)
+
+
+SIZES = {
+  "vocab_size": 32, "num_classes": 3, "d_model": 8, "num_layers": 2, "num_heads": 2,
+  "mixing_dim": 12, "ffn_dim": 12, "chunk_size": 4,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("scan_layers", [False, True])
+def test_a_classifier_hears_whole_sequences(scan_layers):
+  model = HyperMixerClassifier(**SIZES, scan_layers=scan_layers, rngs=nnx.Rngs(0))
+  ids = np.arange(14).reshape(2, 7)
+  mask = np.arange(7)[None] < np.array([[7], [5]])
+  outputs = {form: model(ids, form=form, mask=mask)[0] for form in FORMS}
+  assert outputs["parallel"].shape == (2, 3)
+  for y in outputs.values():
+    np.testing.assert_allclose(y, outputs["parallel"], atol=1e-5)
+  alone, _ = model(ids[1:, :5])
+  np.testing.assert_allclose(outputs["parallel"][1:], alone, atol=1e-5)
+  assert not model.causal
+
+
+def test_a_classifier_learns():
+  """Whether the first token stands again later: nothing that one token tells."""
+  model = HyperMixerClassifier(**{**SIZES, "num_classes": 2, "d_model": 16}, rngs=nnx.Rngs(0))
+  rng = np.random.default_rng(0)
+  ids = rng.integers(0, 32, (64, 6))
+  labels = (ids[:, :1] == ids[:, 1:]).any(axis=1)
+  flip = rng.random(64) < 0.5
+  ids[flip, 3], labels[flip] = ids[flip, 0], True
+  graphdef, params = nnx.split(model)
+
+  @jax.jit
+  def step(params):
+    def loss(params):
+      logits, _ = nnx.merge(graphdef, params)(ids)
+      return -jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None].astype(int), 1).mean()
+
+    value, gradients = jax.value_and_grad(loss)(params)
+    return value, jax.tree.map(lambda p, g: p - 0.3 * jnp.sign(g) * 0.03, params, gradients)
+
+  losses = []
+  for _ in range(100):
+    value, params = step(params)
+    losses.append(float(value))
+  assert losses[-1] < 0.5 * losses[0]
+
+
+def test_generation_with_a_bidirectional_model_is_refused():
+  model = HyperMixerClassifier(**SIZES, rngs=nnx.Rngs(0))
+  with pytest.raises(NotImplementedError, match="HyperMixerClassifier sees whole sequences"):
+    generate(model, np.arange(4)[None], max_new_tokens=2)
