@@ -115,7 +115,8 @@ class Bench:
 
   def cast_state(self, state: Any) -> Any:
     """A float64 state in the dtypes this one's have."""
-    specs = self.init_state(jax.tree.leaves(state)[0].shape[0])
+    rows = [leaf.shape[0] for leaf in jax.tree.leaves(state)]
+    specs = self.init_state(*rows[:1])
     return jax.tree.map(lambda spec, a: np.asarray(a, spec.dtype), specs, state)
 
   def call(self, x, state, *, form, reset=None, mask=None):

@@ -168,12 +168,12 @@ register(
   slow=True,
 )
 register("hypermixing-causal", hypermixing(CausalHyperMixing), vectors(D), slow=True)
-for normalizer in ("mean", "variance", "rms"):
+for normalizer in ("mean", "variance", "row_rms", "head_rms"):
   register(
     f"hypermixing-{normalizer}",
     hypermixing(CausalHyperMixing, normalizer=normalizer, decay="fixed", use_bias=True),
     vectors(D),
-    slow=normalizer != "rms",
+    slow=normalizer != "head_rms",
   )
 bidirectional(
   "hypermixing-official", hypermixing(HyperMixing, position="official", tied=True), vectors(D)

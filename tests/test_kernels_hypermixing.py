@@ -23,11 +23,11 @@ CHUNK = 4
 B, H, K, V = 2, 3, 4, 5
 every_form = pytest.mark.parametrize("form", FORMS)
 every_activation = pytest.mark.parametrize("activation", ACTIVATIONS)
-every_rms = pytest.mark.parametrize("rms_eps", [None, 1e-6])
+every_rms = pytest.mark.parametrize("rms", [None, "row", "head"])
 
 
-@functools.partial(jax.jit, static_argnames=("form", "rms_eps", "activation"))
-def mix(arrays, reset, mask, form, rms_eps=None, activation="gelu"):
+@functools.partial(jax.jit, static_argnames=("form", "rms", "activation"))
+def mix(arrays, reset, mask, form, rms=None, activation="gelu"):
   w1, w2, v, log_decay, scale, state = arrays
   return kernels.causal_hypermixing(
     w1,
@@ -35,7 +35,7 @@ def mix(arrays, reset, mask, form, rms_eps=None, activation="gelu"):
     v,
     log_decay,
     scale=scale,
-    rms_eps=rms_eps,
+    rms=rms,
     activation=activation,
     state=state,
     reset=reset,
@@ -54,7 +54,7 @@ def numbers(seed, t):
   return tuple(a.astype(jnp.bfloat16).astype(np.float64) for a in arrays)
 
 
-def oracle(arrays, reset, mask, rms_eps=None, activation="gelu"):
+def oracle(arrays, reset, mask, rms=None, activation="gelu"):
   w1, w2, v, log_decay, scale, state = arrays
   return reference.causal_hypermixing(
     w1,
@@ -62,7 +62,7 @@ def oracle(arrays, reset, mask, rms_eps=None, activation="gelu"):
     v,
     log_decay,
     scale=scale,
-    rms_eps=rms_eps,
+    rms=rms,
     activation=activation,
     state=state,
     reset=reset,
@@ -80,12 +80,12 @@ def tokens(draw):
 @every_activation
 @every_rms
 @given(drawn=tokens())
-def test_every_form_is_the_oracle(form, activation, rms_eps, drawn):
+def test_every_form_is_the_oracle(form, activation, rms, drawn):
   seed, t, reset, mask = drawn
   arrays = numbers(seed, t)
-  expected = oracle(arrays, reset, mask, rms_eps, activation)
+  expected = oracle(arrays, reset, mask, rms, activation)
   with jax.enable_x64():
-    y, state = mix(arrays, reset, mask, form, rms_eps, activation)
+    y, state = mix(arrays, reset, mask, form, rms, activation)
   assert error((y[mask], state), (expected[0][mask], expected[1])) <= EXACT
 
 
@@ -123,9 +123,8 @@ def test_derived_outputs_states_and_gradients(name, form):
     }[name]
 
     def f(w1, w2, v):
-      return mix(
-        (w1, w2, v, log_decay, scale, None), None, None, form, 1e-6 * (name == "rms") or None
-      )
+      arrays = (w1, w2, v, log_decay, scale, None)
+      return mix(arrays, None, None, form, "row" if name == "rms" else None)
 
     (y, state), backward = jax.vjp(f, *map(jnp.asarray, (w1, w2, v)))
     gradients = backward((jnp.asarray(cot), jnp.zeros_like(state)))
@@ -136,14 +135,14 @@ def test_derived_outputs_states_and_gradients(name, form):
 
 
 @every_rms
-def test_gradients_are_those_of_the_recurrent_form(rms_eps):
+def test_gradients_are_those_of_the_recurrent_form(rms):
   rng, arrays = np.random.default_rng(0), numbers(0, 7)
   reset, mask = rng.random((B, 7)) < 0.3, rng.random((B, 7)) < 0.7
   with jax.enable_x64():
     outputs = {}
     for form in FORMS:
       (y, state), backward = jax.vjp(
-        lambda *a, form=form: mix(a, reset, mask, form, rms_eps), *map(jnp.asarray, arrays)
+        lambda *a, form=form: mix(a, reset, mask, form, rms), *map(jnp.asarray, arrays)
       )
       outputs[form] = backward((jnp.cos(jnp.arange(y.size)).reshape(y.shape), jnp.ones_like(state)))
   for form in ("parallel", "chunkwise"):
@@ -195,6 +194,7 @@ def test_the_chunkwise_form_keeps_states_between_chunks_alone():
     ({"log_decay": (2,)}, r"log_decay has shape \[2\], expected \[3\]"),
     ({"form": "serial"}, "form is 'serial', expected one of parallel, chunkwise, recurrent"),
     ({"activation": "tanh"}, "activation is 'tanh', expected one of gelu, relu"),
+    ({"rms": "matrix"}, "rms is 'matrix', expected row, head or None"),
     ({"chunk_size": 0}, "chunk_size is 0, expected at least 1"),
   ],
 )

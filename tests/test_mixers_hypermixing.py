@@ -103,7 +103,10 @@ def test_bad_options_are_told(options, message):
   ("options", "message"),
   [
     ({"decay": "learned"}, "decay is 'learned', expected one of none, fixed"),
-    ({"normalizer": "sqrt"}, "normalizer is 'sqrt', expected one of none, mean, variance, rms"),
+    (
+      {"normalizer": "sqrt"},
+      "normalizer is 'sqrt', expected one of none, mean, variance, row_rms, head_rms",
+    ),
   ],
 )
 def test_bad_options_of_the_causal_layer_are_told(options, message):
@@ -111,10 +114,11 @@ def test_bad_options_of_the_causal_layer_are_told(options, message):
     CausalHyperMixing(8, num_heads=2, mixing_dim=12, **options, rngs=nnx.Rngs(0))
 
 
-def test_rms_keeps_the_sum_in_scale():
+@pytest.mark.parametrize("normalizer", ["row_rms", "head_rms"])
+def test_rms_keeps_the_sum_in_scale(normalizer):
   """The activation's argument at any length, though the rows of a token's two parts are alike."""
   mixer = CausalHyperMixing(
-    64, num_heads=4, mixing_dim=64, normalizer="rms", decay="fixed", layer_norm=False,
+    64, num_heads=4, mixing_dim=64, normalizer=normalizer, decay="fixed", layer_norm=False,
     position="none", rngs=nnx.Rngs(0),
   )  # fmt: skip
   y, _ = mixer(np.float32(numbers(1, 2048, 64)), form="chunkwise")

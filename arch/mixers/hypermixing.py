@@ -24,9 +24,9 @@ from ..interface import SequenceModule, check_call, state_dtype
 from ..layers.hypernetwork import Hypernetwork, HypernetworkInit
 
 Position = Literal["standard", "official", "none"]
-Normalizer = Literal["none", "mean", "variance", "rms"]
+Normalizer = Literal["none", "mean", "variance", "row_rms", "head_rms"]
 Decay = Literal["none", "fixed"]
-RMS_EPS = 1e-6
+RMS = {"row_rms": "row", "head_rms": "head"}
 
 
 class HyperMixingMemory(NamedTuple):
@@ -102,6 +102,13 @@ class _HyperMixing(SequenceModule):
     # The fast variance is a difference of nearly equal terms.
     norm = functools.partial(nnx.LayerNorm, epsilon=eps, use_fast_variance=False, **dtypes)
     self.norm = norm(d_model, rngs=rngs) if layer_norm else None
+
+  def init_memory(self, batch_size: int) -> HyperMixingMemory:
+    """The memory of no tokens."""
+    shape = (batch_size, self.num_heads, self.key_size, self.value_size)
+    return HyperMixingMemory(
+      jnp.zeros(shape, state_dtype(self.dtype)), jnp.zeros(batch_size, jnp.uint32)
+    )
 
   def _real(self, x, mask):
     """Padding may hold anything, NaN included."""
@@ -224,13 +231,6 @@ class HyperMixing(_HyperMixing):
     )
     return carry, jax.tree.map(lambda y: y.swapaxes(0, 1).reshape(b, -1, *y.shape[3:])[:, :t], y)
 
-  def init_memory(self, batch_size: int) -> HyperMixingMemory:
-    """The memory of no tokens."""
-    shape = (batch_size, self.num_heads, self.key_size, self.value_size)
-    return HyperMixingMemory(
-      jnp.zeros(shape, state_dtype(self.dtype)), jnp.zeros(batch_size, jnp.uint32)
-    )
-
   def accumulate(
     self,
     x: jax.Array,  # [b, t, d]
@@ -292,7 +292,8 @@ class CausalHyperMixing(_HyperMixing):
   Args:
     decay: `"none"`, or `"fixed"` for every head: see `log_decays`.
     normalizer: `n_t`. `"none"` is 1; `"mean"` the sum of all decayed weights, `"variance"` the root
-      of the sum of their squares; `"rms"` is the root mean square of every row of the sum.
+      of the sum of their squares; `"row_rms"` the root mean square of every row of the sum, and
+      `"head_rms"` that of all of a head's, which unlike the former is smooth where a row is small.
     chunk_size: tokens in a chunk, whose states the chunkwise form holds at once.
 
   Others as in `HyperMixing`. Its state is that sum, in at least float32, and the tokens seen.
@@ -315,7 +316,8 @@ class CausalHyperMixing(_HyperMixing):
     gain = jnp.ones(self.num_heads, state_dtype(param_dtype))
     self.gain = None if normalizer == "none" else nnx.Param(gain)
 
-  init_state = HyperMixing.init_memory
+  def init_state(self, batch_size, *, max_len=None):
+    return self.init_memory(batch_size)
 
   def __call__(self, x, state=None, *, form="parallel", reset=None, mask=None, rngs=None):
     check_call(x, form, reset, mask)
@@ -334,7 +336,7 @@ class CausalHyperMixing(_HyperMixing):
       self._heads(x),
       log_decay,
       scale=self._scale(position, log_decay),
-      rms_eps=RMS_EPS if self.normalizer == "rms" else None,
+      rms=RMS.get(self.normalizer),
       activation=self.activation,
       state=None if state is None else state.kv,
       reset=reset,
@@ -348,7 +350,7 @@ class CausalHyperMixing(_HyperMixing):
     if self.normalizer == "none":
       return None
     gain = self.gain[...]
-    if self.normalizer == "rms":
+    if self.normalizer in RMS:
       return gain
     if log_decay is None:
       log_decay = jnp.zeros(self.num_heads, state_dtype(self.dtype))

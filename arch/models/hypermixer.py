@@ -43,7 +43,7 @@ class HyperMixer(LanguageModel):
     activation: str = "gelu",
     tied: bool = False,
     decay: Decay = "fixed",
-    normalizer: Normalizer = "rms",
+    normalizer: Normalizer = "head_rms",
     position: Position = "standard",
     tie_embeddings: bool = False,
     dropout: float = 0.0,

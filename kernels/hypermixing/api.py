@@ -11,6 +11,7 @@ from . import xla
 
 Activation = Literal["gelu", "relu"]
 ACTIVATIONS: tuple[Activation, ...] = get_args(Activation)
+Rms = Literal["row", "head"]
 
 
 @jax.named_scope("mixing")
@@ -21,7 +22,7 @@ def causal_hypermixing(
   log_decay: jax.Array | None = None,  # [h], at most 0
   *,
   scale: jax.Array | None = None,  # [h] or [b, t, h]
-  rms_eps: float | None = None,
+  rms: Rms | None = None,
   activation: Activation = "gelu",
   state: jax.Array | None = None,  # [b, h, k, v]
   reset: jax.Array | None = None,  # bool[b, t]
@@ -45,8 +46,8 @@ def causal_hypermixing(
     v: what is mixed.
     log_decay: natural logarithm of every head's decay; `None`: nothing is forgotten.
     scale: of the state before the activation; 1 if `None`.
-    rms_eps: every row of the state is first divided by its root mean square over `v`, with this
-      added to the mean. Not divided if `None`.
+    rms: `"row"`: every row of the state is first divided by its root mean square over `v`;
+      `"head"`: all of it by that over `k` and `v`. 1e-6 is added to the mean square.
     activation: `"gelu"`, by the error function, or `"relu"`.
     state: the sum before the first token; zeros if `None`.
     reset: true at the first token of a document; the state is cleared before that token, whatever
@@ -62,7 +63,7 @@ def causal_hypermixing(
     in the widest of float32 and the input dtypes. Everything is differentiable but `log_decay`.
 
   Raises:
-    ValueError: for shapes that do not fit together, or an unknown form or activation.
+    ValueError: for shapes that do not fit together, or an unknown form, activation or rms.
   """
   arrays = (w1, w2, v, log_decay, scale, state, reset, mask)
   w1, w2, v, log_decay, scale, state, reset, mask = jax.tree.map(jnp.asarray, arrays)
@@ -91,6 +92,8 @@ def causal_hypermixing(
     raise ValueError(f"chunk_size is {chunk_size}, expected at least 1")
   if activation not in ACTIVATIONS:
     raise ValueError(f"activation is {activation!r}, expected one of {', '.join(ACTIVATIONS)}")
+  if rms is not None and rms not in get_args(Rms):
+    raise ValueError(f"rms is {rms!r}, expected row, head or None")
   forms = {
     "parallel": functools.partial(xla.parallel, chunk_size=chunk_size),
     "chunkwise": functools.partial(xla.chunkwise, chunk_size=chunk_size),
@@ -108,6 +111,6 @@ def causal_hypermixing(
   if scale is not None:
     scale = jnp.broadcast_to(scale.astype(dtype), (b, t, h))
   w1, w2, x, log_decay, state = (a.astype(dtype) for a in (w1, w2, v, log_decay, state))
-  read = functools.partial(xla.read, rms_eps=rms_eps, activation=activation)
+  read = functools.partial(xla.read, rms=rms, activation=activation)
   y, final = forms[form](w1, w2, x, log_decay, scale, state, reset, mask, read)
   return y.astype(v.dtype), final

@@ -17,7 +17,7 @@ def causal_hypermixing(
   log_decay=None,
   *,
   scale=None,
-  rms_eps=None,
+  rms=None,
   activation="gelu",
   state=None,
   reset=None,
@@ -43,8 +43,9 @@ def causal_hypermixing(
       kept = 0.0 if reset[row, n] else decay[:, None, None] * state[row]
       state[row] = kept + w1[row, n][:, :, None] * v[row, n][:, None, :]
       z = state[row]
-      if rms_eps is not None:
-        z = z / np.sqrt(np.mean(z**2, axis=-1, keepdims=True) + rms_eps)
+      if rms is not None:
+        axes = {"row": -1, "head": (-2, -1)}[rms]
+        z = z / np.sqrt(np.mean(z**2, axis=axes, keepdims=True) + 1e-6)
       z = ACTIVATIONS[activation](scale[row, n][:, None, None] * z)
       out[row, n] = np.einsum("hkv,hk->hv", z, w2[row, n])
   return out, state

@@ -12,6 +12,8 @@ import jax.numpy as jnp
 
 from ..runs import make_runs, pad_to_runs, untouched_if_masked, weigh
 
+RMS_EPS = 1e-6
+
 
 def activate(z: jax.Array, activation: str) -> jax.Array:
   if activation == "relu":
@@ -19,10 +21,12 @@ def activate(z: jax.Array, activation: str) -> jax.Array:
   return 0.5 * z * (1 + jax.lax.erf(z * 0.5**0.5))  # a third of the time of `erfc`
 
 
-def read(states, w2, scale, *, rms_eps, activation):
+def read(states, w2, scale, *, rms, activation):
   """`act(scale S)^T w2`: states [..., k, v], w2 [..., k] and scale [...] or None to [..., v]."""
-  if rms_eps is not None:
-    states *= jax.lax.rsqrt(jnp.mean(states * states, axis=-1, keepdims=True) + rms_eps)
+  if rms is not None:
+    axes = (-1,) if rms == "row" else (-2, -1)
+    mean_square = jnp.mean(states * states, axis=axes, keepdims=True)
+    states *= jax.lax.rsqrt(mean_square + RMS_EPS)
   if scale is not None:
     states *= scale[..., None, None]
   return jnp.einsum("...kv,...k->...v", activate(states, activation), w2)
