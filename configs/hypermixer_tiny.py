@@ -1,4 +1,4 @@
-"""A causal HyperMixer on the source of Python's standard library, for a laptop: 1,760,160 parameters.
+"""Causal HyperMixer on the source of Python's standard library, for a laptop: 1,760,160 parameters.
 
     python train.py --config=configs/hypermixer_tiny.py
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..interface import Form
-from . import attention, retention  # noqa: F401, they register their closed forms
+from . import attention, hypermixing, retention  # noqa: F401, they register their closed forms
 from .closed import count
 from .memory import activation_bytes, parameter_bytes
 from .peaks import KNOWN_PEAKS, peak_flops

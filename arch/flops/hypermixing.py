@@ -1,0 +1,109 @@
+"""The closed forms of HyperMixing: `mixers/hypermixing.py`, `kernels/hypermixing/`, line by line.
+
+What causality leaves is the same in every form: a token's product is added to the state, the state
+is read, and either has two gradients.
+"""
+
+from ..layers.hypernetwork import HeadLinear, Hypernetwork
+from ..mixers.hypermixing import CausalHyperMixing
+from .closed import ACTIVATIONS, count, each, fan_out, total
+from .work import Call, Count, Work
+
+# Of the kernel, for every element of a state: vector and transcendental, forward and backward.
+STATE_ACTIVATIONS = {"gelu": ((4, 1), (8, 1)), "relu": ((1, 0), (1, 0))}
+
+
+@count.register
+def _(layer: HeadLinear, call: Call) -> Count:
+  heads, in_size, out_size = layer.kernel.shape[-3:]
+  flops = 2 * call.length * heads * in_size * out_size
+  bias = Work(vector=0 if layer.bias is None else call.length * heads * out_size)
+  return Count(Work(matmul=flops) + bias, Work(matmul=2 * flops) + bias)
+
+
+@count.register
+def _(layer: Hypernetwork, call: Call) -> Count:
+  heads, _, hidden = layer.input.kernel.shape[-3:]
+  size = call.length * heads * hidden
+  return total((layer.input, layer.output), call) + each(ACTIVATIONS, "gelu", size, layer.dtype)
+
+
+@count.register
+def _(layer: CausalHyperMixing, call: Call) -> Count:
+  counted = _generated(layer, call) + _scale(layer, call.length) + _core(layer, call)
+  return counted if layer.norm is None else counted + count(layer.norm, call)
+
+
+def _generated(layer, call: Call) -> Count:
+  """Both matrices, of tokens with their positions."""
+  t, d = call.length, layer.d_model
+  counted = _positions(layer, t) + count(layer.w1, call)
+  if layer.w2 is None:  # its rows are read twice, and the tokens once more
+    return counted + fan_out(2, layer.num_heads * layer.key_size, call) + fan_out(2, d, call)
+  return counted + count(layer.w2, call) + fan_out(3, d, call)
+
+
+def _positions(layer, t: int) -> Count:
+  size = t * layer.d_model
+  if layer.position == "none":
+    return Count()
+  added = Count(Work(vector=2 * size, transcendental=size))
+  return added if layer.position == "standard" else added + Count(*[Work(vector=size)] * 2)
+
+
+def _scale(layer: CausalHyperMixing, t: int) -> Count:
+  """The gain, divided by what the position tells."""
+  h = layer.num_heads
+  if layer.normalizer == "none":
+    return Count()
+  if layer.normalizer in ("row_rms", "head_rms"):
+    return Count(backward=Work(vector=t * h))
+  counted = Count(Work(vector=3 * t * h + t, transcendental=t * h + h), Work(vector=2 * t * h + h))
+  if layer.normalizer == "variance":
+    counted += Count(Work(vector=h, transcendental=t * h))
+  return counted
+
+
+def _core(layer: CausalHyperMixing, call: Call) -> Count:
+  t, h, k, v = call.length, layer.num_heads, layer.key_size, layer.value_size
+  if call.causal:
+    states = t * h * k * v
+    products = Work(mixing=4 * states)
+    return Count(products + Work(vector=states), products * 2) + _activated(layer, t)
+  c = 1 if call.form == "recurrent" else min(layer.chunk_size, t)
+  chunks = -(-t // c)
+  tokens = chunks * c
+  states = tokens * h * k * v
+  read, sums = Work(mixing=2 * states), Work(mixing=2 * c * states)
+  counted = _activated(layer, tokens) + Count(
+    Work(vector=3 * states), read * 2 + Work(vector=8 * states + tokens * h * (k + v))
+  )
+  if call.form == "recurrent":
+    return counted + Count(read + Work(transcendental=h))
+  # Without documents and padding, all chunks have one table of decays.
+  shared = call.form == "parallel" and not call.training and t % c == 0
+  tables = 1 if shared else chunks
+  decays = h * tables * c * (c + 1)  # of pairs, and of the state before
+  counted += Count(sums + Work(vector=decays + tables * c * c, transcendental=decays), sums)
+  if call.form == "parallel":
+    return counted + Count(
+      read + Work(vector=2 * chunks * h * k * v), Work(vector=3 * chunks * h * k * v)
+    )
+  again = counted.forward if call.training else Work()
+  return counted + Count(read, Work(vector=chunks * h * k * v), again)
+
+
+def _activated(layer: CausalHyperMixing, tokens: int) -> Count:
+  """What becomes of the states before they are read."""
+  h, k = layer.num_heads, layer.key_size
+  states = tokens * h * k * layer.value_size
+  counted = each(STATE_ACTIVATIONS, layer.activation, states, None)
+  if layer.normalizer == "none":
+    return counted
+  counted += Count(Work(vector=states), Work(vector=3 * states + tokens * h))
+  if layer.normalizer in ("mean", "variance"):
+    return counted
+  rows = tokens * h * (k if layer.normalizer == "row_rms" else 1)
+  return counted + Count(
+    Work(vector=3 * states + 2 * rows, transcendental=rows), Work(vector=7 * states + 5 * rows)
+  )
