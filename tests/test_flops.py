@@ -12,7 +12,7 @@ import pytest
 from counted import abstract, calls, closed, traced
 from flax import nnx
 
-from triform.arch import RetNet, SequenceModule, build, flops
+from triform.arch import HyperMixerClassifier, RetNet, SequenceModule, build, flops
 from triform.arch.flops import Call, Work, count, walk
 from triform.arch.flops.report import report, table
 from triform.arch.interface import FORMS
@@ -32,6 +32,13 @@ VARIANTS = {
   },
   "primer-plain": {"shared_qk": False, "num_taps": 0, "tie_embeddings": True, "activation": "silu"},
   "hybrid-rest": {"pattern": "retention(decay='gated'), mdha(shared_qk=True)", "num_layers": 3},
+  "hypermixer-rows": {"normalizer": "row_rms", "position": "official", "dropout": 0.1},
+  "hypermixer-mean": {"normalizer": "mean", "tied": True, "position": "none", "decay": "none"},
+  "hypermixer-variance": {"normalizer": "variance", "dtype": "bfloat16"},
+  "hypermixer-none": {
+    "normalizer": "none", "activation": "relu", "mixing_activation": "relu",
+    "tie_embeddings": True,
+  },
   "retnet-learned": {"decay": "learned"},
   "retnet-gated": {"decay": "gated"},
   "retnet-fla": {"dialect": "fla", "activation": "relu"},
@@ -131,7 +138,10 @@ WIDE_OPTIONS = {
   "transformer": {"position": "rotary"},
   "primer": {"position": "rotary"},
   "hybrid": {"num_layers": 2},
-  # XLA counts an `erf` as 64 operations: wider, and none in the mixer.
+  # XLA counts an `erf` as 64 operations: wide enough that those of the hypernetworks do not matter.
+  "hypermixer": {
+    "activation": "relu", "mixing_activation": "relu", "mixing_dim": 64, "ffn_dim": 2048,
+  },
 }  # fmt: skip
 
 
@@ -277,3 +287,38 @@ def test_the_program_prints_the_table_and_writes_the_numbers(tmp_path):
   assert done.stdout == table(told) + "\n"
   # Per token: twice the 1,433,600 weights of the layers and the table as the head, 160 x 2,048.
   assert told["forward_matmul_flops_per_token"] == 2 * (1_433_600 + 160 * 2048)
+
+
+CLASSIFIER = {
+  "vocab_size": 32, "num_classes": 3, "d_model": 8, "num_layers": 2, "num_heads": 2,
+  "mixing_dim": 12, "ffn_dim": 12, "chunk_size": 4, "scan_layers": False,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+  "options", [{}, {"tied": False, "position": "none"}, {"position": "standard"}], ids=str
+)
+def test_closed_forms_of_a_classifier_are_exact(options, form):
+  model = nnx.eval_shape(
+    lambda: HyperMixerClassifier(**{**CLASSIFIER, **options}, rngs=nnx.Rngs(0))
+  )
+  graphdef, params = nnx.split(model)
+  for length in (3, 4, 7, 8):
+    ids = jax.ShapeDtypeStruct((1, length), jnp.int32)
+    mask = jax.ShapeDtypeStruct((1, length), bool)
+
+    def logits(params, ids, mask=None):
+      return nnx.merge(graphdef, params)(ids, form=form, mask=mask)[0]
+
+    def gradient(params, ids, mask, cotangent):
+      y, backward = jax.vjp(lambda params: logits(params, ids, mask), params)
+      return y, backward(cotangent)
+
+    counted = count(model, Call(length, form))
+    assert counted.forward == walk(logits, params, ids)
+    counted = count(model, Call(length, form, training=True))
+    expected = walk(gradient, params, ids, mask, spec(1, 3))
+    assert counted.forward + counted.backward == expected, length
+    needed = count(model, Call(length, form, causal=True)).forward
+    assert needed == count(model, Call(length, "parallel")).forward

@@ -21,6 +21,7 @@ from flax import nnx
 from ..layers.feed_forward import FeedForward, GatedFeedForward
 from ..layers.linear import Linear
 from ..layers.norm import RMSNorm
+from ..models.classifier import Classifier
 from ..models.language_model import LanguageModel
 from ..models.stack import Block, Group, PatternStack, Stack
 from .work import Call, Count, Work
@@ -167,6 +168,16 @@ def _(model: LanguageModel, call: Call) -> Count:
     table = count(model.relative_bias, call)
     counted += Count(backward=table.backward * model.stack.num_layers)
   return counted + _loss(t, d, vocab) if call.training else counted
+
+
+@count.register
+def _(model: Classifier, call: Call) -> Count:
+  """Without a loss: what the gradients of given logits take."""
+  t, d, classes = call.length, model.embedding.features, model.head.out_features
+  embedded = Count(Work(vector=t * d), Work(vector=2 * t * d))
+  mean = Count(Work(vector=t * d + d), Work(vector=d))
+  head = Count(Work(logits=2 * d * classes, vector=classes), Work(logits=4 * d * classes))
+  return embedded + total((model.stack, model.norm), call) + mean + head
 
 
 def _loss(t: int, d: int, vocab: int) -> Count:

@@ -4,8 +4,11 @@ What causality leaves is the same in every form: a token's product is added to t
 is read, and either has two gradients.
 """
 
+import jax
+from flax import nnx
+
 from ..layers.hypernetwork import HeadLinear, Hypernetwork
-from ..mixers.hypermixing import CausalHyperMixing
+from ..mixers.hypermixing import CausalHyperMixing, HyperMixing
 from .closed import ACTIVATIONS, count, each, fan_out, total
 from .work import Call, Count, Work
 
@@ -32,6 +35,37 @@ def _(layer: Hypernetwork, call: Call) -> Count:
 def _(layer: CausalHyperMixing, call: Call) -> Count:
   counted = _generated(layer, call) + _scale(layer, call.length) + _core(layer, call)
   return counted if layer.norm is None else counted + count(layer.norm, call)
+
+
+@count.register
+def _(layer: HyperMixing, call: Call) -> Count:
+  """Of a sequence with itself. Every token is needed by every other, so causality leaves all."""
+  t, d, h = call.length, layer.d_model, layer.num_heads
+  form = "parallel" if call.causal else call.form
+  size = {"parallel": t, "chunkwise": min(layer.chunk_size, t), "recurrent": 1}[form]
+  pieces = -(-t // size)
+  tokens, state = pieces * size, h * layer.key_size * layer.value_size
+  networks = (layer.w1, layer.w1 if layer.w2 is None else layer.w2)
+  padded = call._replace(length=tokens)
+  counted = total(filter(None, (*networks, layer.norm)), padded) + _positions(layer, tokens) * 2
+  products = Work(mixing=4 * tokens * state)
+  counted += Count(products + Work(vector=pieces * state), products * 2)
+  counted += each(STATE_ACTIVATIONS, layer.activation, state, None)
+  counted += fan_out(2, d, call) + fan_out(2, d, padded)  # by both passes, and twice by the first
+  summed = pieces * state
+  if pieces > 1:  # gradients of what every piece uses; of one token, a vector's is no sum itself
+    parts = filter(None, (*networks, layer.norm))
+    used = sum(_parameters(part, vectors=size > 1) for part in parts)
+    summed += state + pieces * used
+  if layer.w2 is None:
+    summed += _parameters(layer.w1)
+  return counted + Count(backward=Work(vector=summed))
+
+
+def _parameters(module: nnx.Module, vectors: bool = True) -> int:
+  names = ("kernel", "bias", "scale") if vectors else ("kernel",)
+  leaves = jax.tree_util.tree_leaves_with_path(nnx.to_pure_dict(nnx.state(module, nnx.Param)))
+  return sum(leaf.size for path, leaf in leaves if path[-1].key in names)
 
 
 def _generated(layer, call: Call) -> Count:

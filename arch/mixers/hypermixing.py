@@ -204,8 +204,9 @@ class HyperMixing(_HyperMixing):
       memory_mask,
       form,
     )
+    perceptron = kernels.activate(total.kv, self.activation)
     _, y = self._pass(
-      lambda seen, tokens, mask: self._read(total.kv, *tokens, seen, mask),
+      lambda seen, tokens, mask: self._read(perceptron, *tokens, seen, mask),
       jnp.zeros(x.shape[0], jnp.uint32),
       (x,),
       mask,
@@ -243,7 +244,7 @@ class HyperMixing(_HyperMixing):
     memory = self.init_memory(x.shape[0]) if memory is None else memory
     x, v = (self._real(a, mask) for a in (x, x if values is None else values))
     position, seen = kernels.token_positions(memory.position, None, mask, x.shape[1])
-    w1 = self._real_rows(self.w1(self._informed(x, position)), mask)
+    w1 = self.w1(self._informed(x, position))
     with jax.named_scope("mixing"):
       added = jnp.einsum(
         "bthk,bthv->bhkv", w1, self._heads(v), preferred_element_type=memory.kv.dtype
@@ -260,18 +261,17 @@ class HyperMixing(_HyperMixing):
   ) -> jax.Array:  # [b, t, d]
     """What the next piece of a sequence reads from the whole of it: the second pass."""
     start = jnp.zeros(x.shape[0], jnp.uint32) if start is None else start
-    return self._read(memory.kv, x, start, mask)[1]
+    return self._read(kernels.activate(memory.kv, self.activation), x, start, mask)[1]
 
-  def _read(self, kv, x, start, mask):
+  def _read(self, perceptron, x, start, mask):
     x = self._real(x, mask)
     position, seen = kernels.token_positions(start, None, mask, x.shape[1])
-    w2 = self._real_rows((self.w2 or self.w1)(self._informed(x, position)), mask)
+    w2 = (self.w2 or self.w1)(self._informed(x, position))
+    if mask is not None:  # as published, where padding is what the norm makes of 0
+      w2 = jnp.where(jnp.asarray(mask)[..., None, None], w2, 0)
     with jax.named_scope("mixing"):
-      y = jnp.einsum("bhkv,bthk->bthv", kernels.activate(kv, self.activation), w2.astype(kv.dtype))
+      y = jnp.einsum("bhkv,bthk->bthv", perceptron, w2.astype(perceptron.dtype))
     return seen, self._normed(y)
-
-  def _real_rows(self, rows, mask):
-    return rows if mask is None else jnp.where(jnp.asarray(mask)[..., None, None], rows, 0)
 
 
 def log_decays(num_heads: int) -> np.ndarray:  # [h]

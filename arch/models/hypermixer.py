@@ -6,6 +6,8 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx
 
+from triform.kernels.hypermixing import Activation
+
 from ..layers.feed_forward import FeedForward
 from ..layers.hypernetwork import HypernetworkInit
 from ..mixers.hypermixing import CausalHyperMixing, Decay, HyperMixing, Normalizer, Position
@@ -28,7 +30,8 @@ class HyperMixer(LanguageModel):
   Every block is `x += LayerNorm(mixing(LayerNorm(x)))`, `x += feed_forward(LayerNorm(x))`, one of
   the placements that the paper finds to work (appendix F). The published layer is bidirectional and
   sums without a scale; `decay` and `normalizer` are what makes a causal one serve any length. See
-  `CausalHyperMixing` for them and for `mixing_dim`, `tied` and `position`.
+  `CausalHyperMixing` for them and for `mixing_dim`, `tied` and `position`. `mixing_activation` is
+  its activation, `activation` the feed-forward's.
   """
 
   def __init__(
@@ -39,6 +42,7 @@ class HyperMixer(LanguageModel):
     num_layers: int,
     num_heads: int,
     mixing_dim: int,
+    mixing_activation: Activation = "gelu",
     ffn_dim: int,
     activation: str = "gelu",
     tied: bool = False,
@@ -62,6 +66,7 @@ class HyperMixer(LanguageModel):
         d_model,
         num_heads=num_heads,
         mixing_dim=mixing_dim,
+        activation=mixing_activation,
         tied=tied,
         decay=decay,
         normalizer=normalizer,
