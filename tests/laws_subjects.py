@@ -115,8 +115,8 @@ class Bidirectional(SequenceModule):
 
   causal = False
 
-  def __init__(self, make, **options):
-    self.module = make(**options)
+  def __init__(self, module):
+    self.module = module
 
   def init_state(self, batch_size, *, max_len=None):
     return self.module.init_state(batch_size)
@@ -126,7 +126,7 @@ class Bidirectional(SequenceModule):
 
 
 def bidirectional(name, make, inputs, **options):
-  register(name, functools.partial(Bidirectional, make), inputs, causal=False, **options)
+  register(name, lambda **o: Bidirectional(make(**o)), inputs, causal=False, **options)
 
 
 def register_architecture(name, variant="", *, slow=False, **options):

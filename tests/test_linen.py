@@ -277,3 +277,14 @@ def test_names_that_linen_uses_and_variables_it_lacks():
   assert_same(module.apply(module.init(jax.random.key(0), x), x), (2 * x, ()))
   with pytest.raises(ValueError, match="Odd holds RngCount, RngKey, expected "):
     module.clone(init_=-1.0).init(jax.random.key(0), x)
+
+
+def test_both_passes_of_hypermixing():
+  """Methods beside the call, of a module whose state is empty."""
+  module = linen.HyperMixing(num_heads=2, mixing_dim=12)
+  x = jax.random.normal(jax.random.key(0), (B, T, D))
+  variables = module.init(jax.random.key(1), x)
+  y, state = module.apply(variables, x)
+  assert state == ()
+  total = module.apply(variables, x, method="accumulate")
+  np.testing.assert_allclose(module.apply(variables, total, x, method="read_out"), y, rtol=1e-5)
