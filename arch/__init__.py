@@ -13,7 +13,7 @@ from .generation import generate, stream
 from .interface import FORMS, SequenceModule, put_rows, state_bytes, take_rows
 from .loading import load
 from .mixers.attention import Attention, MultiDConvHeadAttention
-from .mixers.hypermixing import CausalHyperMixing, HyperMixing, HyperMixingMemory
+from .mixers.hypermixing import CausalHyperMixing, HyperMixing, HyperMixingState
 from .mixers.retention import Retention, RetentionState
 from .models import build
 from .models.classifier import Classifier
@@ -35,7 +35,7 @@ __all__ = [
   "HyperMixer",
   "HyperMixerClassifier",
   "HyperMixing",
-  "HyperMixingMemory",
+  "HyperMixingState",
   "LanguageModel",
   "MultiDConvHeadAttention",
   "PatternStack",

@@ -20,6 +20,7 @@ and `nn.remat`. What differs, because Linen has it differently:
 module of a `SequenceModule` from elsewhere.
 """
 
+import collections.abc
 import dataclasses
 import functools
 import inspect
@@ -187,6 +188,8 @@ def _field_name(argument: str) -> str:
 
 
 def _is_module(annotation: Any) -> bool:
+  if typing.get_origin(annotation) is collections.abc.Callable:  # makes modules, is none
+    return False
   kinds = typing.get_args(annotation) or (annotation,)
   return any(isinstance(kind, type) and issubclass(kind, nnx.Module) for kind in kinds)
 

@@ -17,8 +17,9 @@ from .layout import stacked_names
 
 AXES = ("data", "fsdp")
 # Name of a parameter (a regular expression, the first that is found in it) and the mesh axes of
-# its last axes. The model's width is divided, which every matrix has.
+# its last axes. The model's width is divided, which other matrices all have.
 RULES = (
+  (r"w[12]/(input|output)/kernel$", ()),  # small, and of a head's width
   (r"embedding/embedding$", (None, "fsdp")),
   (r"output/kernel$", (None, "fsdp")),
   (r"kernel$", ("fsdp", None)),

@@ -134,10 +134,10 @@ def table() -> str:
     small = build({"architecture": name, **ARCHITECTURES[name].small}, rngs=nnx.Rngs(0))
     told = costs(abstract_model(config.model), config.form)
     rows.append([f"{name} (`{file}`)", *abilities(small), *told])
-    if name == "hypermixer":  # as published, of the same sizes
+    if name == "hypermixer":  # the published one, of the same sizes
       small = encoder(ARCHITECTURES[name].small)
       large = nnx.eval_shape(functools.partial(encoder, config.model))
-      rows.append(["hypermixer as published", *abilities(small), *costs(large, config.form)])
+      rows.append(["hypermixer, bidirectional", *abilities(small), *costs(large, config.form)])
   return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 

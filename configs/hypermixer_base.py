@@ -1,8 +1,8 @@
-"""HyperMixer of the paper's width and depth, as a causal language model: 10,701,376 parameters.
+"""Causal HyperMixer of the width and depth of the paper's encoder: 10,701,376 parameters.
 
-Width 256, 8 layers, 512 hidden units in the mixing and in the feed-forward are those of the paper's
-encoder (arXiv 2203.03691); heads as in HyperConformer, without which a causal layer costs eight
-times as much. Vocabulary, tokens and recipe are ours.
+Width 256, 8 layers and 512 hidden units, in the mixing and in the feed-forward, are what others'
+implementations have for the paper (arXiv 2203.03691); heads as in HyperConformer, without which a
+causal layer costs eight times as much. Vocabulary, tokens and recipe are ours.
 
 python train.py --config=configs/hypermixer_base.py --workdir=runs/hypermixer_base
 """

@@ -16,6 +16,7 @@ def token_positions(
   position it is given is that of the token before it. `start` is the number of tokens of the
   current document already seen. Counts are unsigned 32-bit integers and wrap.
   """
+  start = jnp.asarray(start).astype(jnp.uint32)
   b = start.shape[0]
   if mask is None:
     seen = jnp.broadcast_to(jnp.arange(1, length + 1, dtype=jnp.int32), (b, length))
@@ -36,8 +37,8 @@ def decayed_count(
   log_decay: jax.Array,  # [h], at most 0
 ) -> jax.Array:  # [b, t, h]
   """`sum_{j <= position} decay^j = (1 - decay^(position + 1)) / (1 - decay)`, for every head."""
+  log_decay = jnp.asarray(log_decay)[None, None]
   dtype = log_decay.dtype
-  log_decay = log_decay[None, None]
-  count = (position.astype(dtype) + 1)[..., None]
+  count = (jnp.asarray(position).astype(dtype) + 1)[..., None]
   decays = jnp.where(log_decay == 0, -1, log_decay)  # the closed form is 0/0 at decay 1
   return jnp.where(log_decay == 0, count, jnp.expm1(decays * count) / jnp.expm1(decays))

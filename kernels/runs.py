@@ -1,4 +1,4 @@
-"""What of a sum that decays a token sees, in runs of tokens with padding and several documents.
+"""Weights with which tokens and the state before them enter a decaying sum, run by run.
 
 Within a run let `n_i` count the real tokens up to token `i`, `s_i` the documents begun, and
 `A_i = log_decay n_i` (or the running sum of a per-token log decay). Then token `j` enters output
@@ -104,6 +104,21 @@ def pad_to_runs(c: int, reset, mask, *tokens):
     return jnp.pad(a, [(0, 0), (0, -t % c)] + [(0, 0)] * (a.ndim - 2))
 
   return None if reset is None else pad(reset), pad(mask), *map(pad, tokens)
+
+
+def in_runs(c: int, a: jax.Array) -> jax.Array:
+  """[b, n c, ...] to [n, b, c, ...]."""
+  return a.reshape(a.shape[0], -1, c, *a.shape[2:]).swapaxes(0, 1)
+
+
+def states_before(state: jax.Array, kept: jax.Array, added: jax.Array):
+  """The state after all runs, and those before each: `S' = kept S + added`, [n, ...]."""
+
+  def step(before, run):
+    kept, added = run
+    return weigh(kept, before) + added, before
+
+  return jax.lax.scan(step, state, (kept, added))
 
 
 def weigh(weights: jax.Array, x: jax.Array) -> jax.Array:

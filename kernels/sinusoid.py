@@ -4,6 +4,8 @@ An angle is a 64-bit fraction of a turn and the phase the integer product with t
 nothing is lost however far from the start; see `rotary` for why that matters.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,7 +17,7 @@ def sinusoid(
   position: jax.Array,  # uint32[b, t]
   angles: np.ndarray,  # [d], radians per token
   quarters: np.ndarray,  # int[d], quarter turns ahead: 0 for a sine, 1 for a cosine
-  dtype: jnp.dtype,
+  dtype: Any,
 ) -> jax.Array:  # [b, t, d]
   """`sin(position angle + quarter pi / 2)`, in `dtype`, which is at least float32."""
   turns = np.asarray(angles, np.float64) / (2 * np.pi)
@@ -23,7 +25,7 @@ def sinusoid(
   high = jnp.asarray(np.array([step >> 32 for step in steps], np.uint32))[None, None]
   low = jnp.asarray(np.array([step % 2**32 for step in steps], np.uint32))[None, None]
   start = jnp.asarray((np.asarray(quarters) % 4 * 2**30).astype(np.uint32))[None, None]
-  position = position[..., None]
+  position, dtype = jnp.asarray(position).astype(jnp.uint32)[..., None], jnp.dtype(dtype)
   phase = position * high + _high_word(position, low) + start
   turn = phase.astype(jnp.int32).astype(dtype)
   if jnp.finfo(dtype).bits > 32:

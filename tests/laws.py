@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from laws_bench import BATCH, LENGTH, SIMPLEST, SUBJECTS, Case, bench, floats, widen
-from laws_cases import window
+from laws_cases import alike, window
 from laws_errors import EXACT, assert_close, assert_same_counters, error, kinds, largest
 
 from triform.arch.interface import FORMS, put_rows, state_dtype, take_rows
@@ -21,12 +21,16 @@ from triform.arch.interface import FORMS, put_rows, state_dtype, take_rows
 
 def forms_agree(name: str, dtype: str, case: Case, key=None) -> None:
   """Outputs, final state, statistics and all gradients."""
-  truth = bench(name, "float64").trial(case, SIMPLEST, key=key)
-  outcomes = {form: bench(name, dtype).trial(case, form, key=key) for form in FORMS}
-  for outcome in outcomes.values():
-    assert_same_counters(outcome.state, truth.state)
-    parts = (kinds(o, case.mask) for o in (outcome, outcomes[SIMPLEST], truth))
-    assert_close(jnp.dtype(dtype), *parts)
+  samples = {form: [] for form in FORMS}
+  for one in alike(name, dtype, case):
+    truth = bench(name, "float64").trial(one, SIMPLEST, key=key)
+    outcomes = {form: bench(name, dtype).trial(one, form, key=key) for form in FORMS}
+    for form, outcome in outcomes.items():
+      assert_same_counters(outcome.state, truth.state)
+      parts = (kinds(o, case.mask) for o in (outcome, outcomes[SIMPLEST], truth))
+      samples[form].append(tuple(parts))
+  for form in FORMS:
+    assert_close(jnp.dtype(dtype), samples[form])
 
 
 def absent_means_default(name: str, case: Case, form: str) -> None:
@@ -76,21 +80,21 @@ def splits_compose(name: str, case: Case, lengths, piece_forms, whole_form) -> N
 
 def windows_compose(name: str, dtype: str, case: Case, cut: int, piece_forms) -> None:
   """In any dtype, the pieces being the same call with all else masked."""
-  narrow = bench(name, dtype)
-  first = narrow.trial(window(case, 0, cut, case.state), piece_forms[0])
-  second = narrow.trial(window(case, cut, LENGTH, first.state), piece_forms[1])
-  y = np.concatenate([widen(first.y)[:, :cut], widen(second.y)[:, cut:]], axis=1)
-  whole = narrow.trial(case, SIMPLEST)
-  truth = bench(name, "float64").trial(case, SIMPLEST)
+  narrow, samples = bench(name, dtype), []
 
   def parts(y, state):
     states = {f"state {i}": leaf for i, leaf in enumerate(floats(state))}
     return {"outputs": widen(y)[case.mask]} | states
 
-  assert_close(
-    jnp.dtype(dtype), parts(y, second.state), *(parts(o.y, o.state) for o in (whole, truth))
-  )
-  assert_same_counters(second.state, truth.state)
+  for one in alike(name, dtype, case):
+    first = narrow.trial(window(one, 0, cut, one.state), piece_forms[0])
+    second = narrow.trial(window(one, cut, LENGTH, first.state), piece_forms[1])
+    y = np.concatenate([widen(first.y)[:, :cut], widen(second.y)[:, cut:]], axis=1)
+    whole, truth = narrow.trial(one, SIMPLEST), bench(name, "float64").trial(one, SIMPLEST)
+    assert_same_counters(second.state, truth.state)
+    whole, truth = (parts(o.y, o.state) for o in (whole, truth))
+    samples.append((parts(y, second.state), whole, truth))
+  assert_close(jnp.dtype(dtype), samples)
 
 
 # Law 3
@@ -183,16 +187,18 @@ def documents_are_windows(name: str, dtype: str, case: Case, cut: int, form: str
   reset[:, cut] = True
   mask = case.mask.copy()
   mask[:, cut] = True  # a masked reset would begin no document
-  packed = case._replace(reset=reset, mask=mask)
-  alone = window(packed, cut, LENGTH, wide.init_state())._replace(reset=np.zeros_like(reset))
+  samples = []
+  for one in alike(name, dtype, case._replace(reset=reset, mask=mask)):
+    alone = window(one, cut, LENGTH, wide.init_state())._replace(reset=np.zeros_like(reset))
+    got, truth = narrow.trial(one, form), wide.trial(alone, SIMPLEST)
+    assert_same_counters(got.state, truth.state)
 
-  def parts(outcome):
-    states = {f"state {i}": leaf for i, leaf in enumerate(floats(outcome.state))}
-    return {"outputs": widen(outcome.y)[alone.mask]} | states
+    def parts(outcome, real=alone.mask):
+      states = {f"state {i}": leaf for i, leaf in enumerate(floats(outcome.state))}
+      return {"outputs": widen(outcome.y)[real]} | states
 
-  got, truth = narrow.trial(packed, form), wide.trial(alone, SIMPLEST)
-  assert_close(jnp.dtype(dtype), *map(parts, (got, narrow.trial(alone, SIMPLEST), truth)))
-  assert_same_counters(got.state, truth.state)
+    samples.append(tuple(map(parts, (got, narrow.trial(alone, SIMPLEST), truth))))
+  assert_close(jnp.dtype(dtype), samples)
 
 
 # Law 5

@@ -16,6 +16,7 @@ SHAPES = (  # for law 1: one token, one chunk, three and a bit
   (3, 4),
   pytest.param((1, 13), marks=pytest.mark.slow),
 )
+ALIKE = 3  # cases of one example
 PIECES = (1, 5)  # a decoding step, and a ragged piece; each a compiled program per form
 
 
@@ -54,7 +55,23 @@ def forms() -> st.SearchStrategy:
 @st.composite
 def cases(draw, name: str, batch: int = BATCH, length: int = LENGTH) -> Case:
   """An example with a state that a call left behind, or with the first one."""
-  subject, rng = SUBJECTS[name], np.random.default_rng(draw(st.integers(0, 999)))
+  seed, carried = draw(st.integers(0, 999)), draw(st.booleans())
+  x, state = _numbers(name, seed, carried, batch, length)
+  return Case(x, state, draw(resets(batch, length)), draw(masks(batch, length)))
+
+
+def alike(name: str, dtype: str, case: Case) -> list[Case]:
+  """The case, and in a narrow dtype some of other numbers."""
+  if dtype == "float64":
+    return [case]
+  carried = any(np.any(leaf) for leaf in jax.tree.leaves(case.state))
+  others = (_numbers(name, 1000 + i, carried, *case.mask.shape) for i in range(ALIKE - 1))
+  return [case, *(case._replace(x=x, state=state) for x, state in others)]
+
+
+def _numbers(name, seed, carried, batch, length):
+  """Inputs, and the state that a call left behind or the first one."""
+  subject, rng = SUBJECTS[name], np.random.default_rng(seed)
 
   def inputs():
     x = subject.inputs(rng, batch, length)
@@ -62,11 +79,11 @@ def cases(draw, name: str, batch: int = BATCH, length: int = LENGTH) -> Case:
 
   x, wide = inputs(), bench(name, "float64")
   state = jax.tree.map(np.asarray, wide.init_state(batch))
-  if draw(st.booleans()):
+  if carried:
     nothing = np.zeros((batch, length), bool)
     state = wide.trial(Case(inputs(), state, nothing, ~nothing), SIMPLEST).state
     state = jax.tree.map(lambda a: _round(np.asarray(a), np.float32), state)
-  return Case(x, state, draw(resets(batch, length)), draw(masks(batch, length)))
+  return x, state
 
 
 def _round(a, dtype):

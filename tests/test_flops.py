@@ -34,7 +34,7 @@ VARIANTS = {
   "hybrid-rest": {"pattern": "retention(decay='gated'), mdha(shared_qk=True)", "num_layers": 3},
   "hypermixer-rows": {"normalizer": "row_rms", "position": "official", "dropout": 0.1},
   "hypermixer-mean": {"normalizer": "mean", "tied": True, "position": "none", "decay": "none"},
-  "hypermixer-variance": {"normalizer": "variance", "dtype": "bfloat16"},
+  "hypermixer-variance": {"normalizer": "variance", "dtype": "bfloat16", "use_bias": True},
   "hypermixer-none": {
     "normalizer": "none", "activation": "relu", "mixing_activation": "relu",
     "tie_embeddings": True,
@@ -297,7 +297,9 @@ CLASSIFIER = {
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(
-  "options", [{}, {"tied": False, "position": "none"}, {"position": "standard"}], ids=str
+  "options",
+  [{}, {"tied": False, "position": "none"}, {"position": "standard", "use_bias": True}],
+  ids=str,
 )
 def test_closed_forms_of_a_classifier_are_exact(options, form):
   model = nnx.eval_shape(

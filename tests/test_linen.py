@@ -279,6 +279,16 @@ def test_names_that_linen_uses_and_variables_it_lacks():
     module.clone(init_=-1.0).init(jax.random.key(0), x)
 
 
+@pytest.mark.parametrize("name", ["CausalHyperMixing", "HyperMixing"])
+def test_hypermixing(name):
+  module = getattr(linen, name)(num_heads=2, mixing_dim=12)
+  x = jax.random.normal(jax.random.key(0), (B, T, D))
+  variables = module.init(jax.random.key(1), x)
+  y, state = module.apply(variables, x)
+  expected, after = getattr(arch, name)(D, num_heads=2, mixing_dim=12, rngs=nnx.Rngs(0))(x)
+  assert jax.tree.map(jnp.shape, (y, state)) == jax.tree.map(jnp.shape, (expected, after))
+
+
 def test_both_passes_of_hypermixing():
   """Methods beside the call, of a module whose state is empty."""
   module = linen.HyperMixing(num_heads=2, mixing_dim=12)
@@ -288,3 +298,23 @@ def test_both_passes_of_hypermixing():
   assert state == ()
   total = module.apply(variables, x, method="accumulate")
   np.testing.assert_allclose(module.apply(variables, total, x, method="read_out"), y, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["Classifier", "Stack"])
+def test_what_makes_blocks_is_no_module(name):
+  def make_block(rngs):
+    return arch.HyperMixing(D, num_heads=2, mixing_dim=12, rngs=rngs)
+
+  options = {"Stack": {"scan": True}}.get(
+    name,
+    {
+      "vocab_size": 9,
+      "num_classes": 2,
+      "d_model": D,
+      "norm": functools.partial(nnx.LayerNorm, D),
+    },
+  )
+  module = getattr(linen, name)(make_block=make_block, num_layers=2, **options)
+  x = jnp.ones((B, T, D)) if name == "Stack" else jnp.ones((B, T), int)
+  y, _ = module.apply(module.init(jax.random.key(0), x), x)
+  assert y.shape == (x.shape if name == "Stack" else (B, 2))

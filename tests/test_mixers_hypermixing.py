@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 from laws_errors import EXACT, error
 
-from triform.arch import CausalHyperMixing, HyperMixerClassifier, HyperMixing, generate
+from triform.arch import CausalHyperMixing, Classifier, HyperMixerClassifier, HyperMixing, generate
 from triform.arch.interface import FORMS
 from triform.arch.layers.hypernetwork import Hypernetwork
 
@@ -28,14 +28,14 @@ def test_two_passes_over_pieces_are_the_whole():
   with jax.enable_x64():
     mixer, x = layer(param_dtype=jnp.float64), numbers(2, 13, 8)
     pieces = [(x[:, i : i + 5], mask[:, i : i + 5]) for i in (0, 5, 10)]
-    memory = None
+    total = None
     for piece, real in pieces:
-      memory = mixer.accumulate(piece, memory=memory, mask=real)
-    np.testing.assert_array_equal(memory.position, mask.sum(axis=1))
-    start, outputs = np.zeros(2, np.uint32), []
+      total = mixer.accumulate(piece, real, total=total)
+    np.testing.assert_array_equal(total.position, mask.sum(axis=1))
+    start, outputs = 0, []
     for piece, real in pieces:
-      outputs.append(mixer.read_out(memory, piece, start=start, mask=real))
-      start = start + real.sum(axis=1).astype(np.uint32)
+      outputs.append(mixer.read_out(total, piece, real, start=start))
+      start = start + real.sum(axis=1)
     y, state = mixer(x, mask=mask)
   assert state == ()
   assert error(np.concatenate(outputs, axis=1), y) <= EXACT
@@ -49,7 +49,7 @@ def test_cross_mixing_reads_other_tokens(form):
     x, keys, values = numbers(2, 3, 8), numbers(2, 9, 8) + 1, numbers(2, 9, 8) - 1
     memory_mask = np.arange(9)[None] < np.array([[9], [6]])
     y, _ = mixer(x, form=form, memory=(keys, values), memory_mask=memory_mask)
-    total = mixer.accumulate(keys, values, mask=memory_mask)
+    total = mixer.accumulate(keys, memory_mask, values=values)
     assert error(y, mixer.read_out(total, x)) <= EXACT
     short, _ = mixer(x[1:], form=form, memory=(keys[1:, :6], values[1:, :6]))
     assert error(y[1:], short) <= EXACT
@@ -68,7 +68,7 @@ def test_padding_is_the_bias_of_the_norm():
 @pytest.mark.parametrize(
   ("call", "error", "message"),
   [
-    (lambda m, x: m(x, m.init_memory(2)), NotImplementedError, "goes on from no state; Causal"),
+    (lambda m, x: m(x, m.accumulate(x)), NotImplementedError, "goes on from no state; Causal"),
     (lambda m, x: m(x, reset=np.zeros((2, 3), bool)), NotImplementedError, "so a reset is none"),
     (lambda m, x: m(x, form="serial"), ValueError, "form is 'serial'"),
   ],
@@ -78,15 +78,43 @@ def test_what_cannot_be_is_refused(call, error, message):
     call(layer(), np.float32(numbers(2, 3, 8)))
 
 
-def test_cross_mixing_of_a_tied_layer_is_refused():
-  x = np.float32(numbers(2, 3, 8))
-  with pytest.raises(ValueError, match="memory is given to a tied layer"):
-    layer(tied=True)(x, memory=x)
+@pytest.mark.parametrize(
+  ("options", "arguments", "message"),
+  [
+    ({"tied": True}, {"memory": (2, 3, 8)}, "memory is given to a tied layer"),
+    ({}, {"memory": (1, 3, 8)}, r"shapes \[\[1, 3, 8\], \[1, 3, 8\]\], expected \[2, time, 8\]"),
+    ({}, {"memory": (2, 3, 8), "memory_mask": (2, 4)}, r"memory_mask has shape \[2, 4\], expected"),
+    ({}, {"memory_mask": (2, 3)}, "memory_mask is given without memory"),
+    ({}, {"x": (2, 3, 1)}, r"x has shape \[2, 3, 1\], expected \[batch, time, 8\]"),
+  ],
+)
+def test_bad_memory_is_told(options, arguments, message):
+  shapes = {"x": (2, 3, 8), **arguments}
+  arrays = {name: np.ones(s, bool if "mask" in name else np.float32) for name, s in shapes.items()}
+  with pytest.raises(ValueError, match=message):
+    layer(**options)(**arrays)
+
+
+def test_a_sum_is_no_memory():
+  mixer, x = layer(), np.float32(numbers(2, 3, 8))
+  with pytest.raises(ValueError, match="memory is a HyperMixingState, expected tokens"):
+    mixer(x, memory=mixer.accumulate(x))
+
+
+def test_a_classifier_of_causal_blocks_is_refused():
+  def make_block(rngs):
+    return CausalHyperMixing(8, num_heads=2, mixing_dim=12, rngs=rngs)
+
+  sizes = {"vocab_size": 8, "num_classes": 2, "d_model": 8, "num_layers": 1}
+  with pytest.raises(NotImplementedError, match="Classifier takes the mean of a whole sequence"):
+    Classifier(make_block, norm=nnx.LayerNorm(8, rngs=nnx.Rngs(0)), **sizes, rngs=nnx.Rngs(0))
 
 
 @pytest.mark.parametrize(
   ("options", "message"),
   [
+    ({"num_heads": 0}, "num_heads is 0, expected at least 1"),
+    ({"chunk_size": 0}, "chunk_size is 0, expected at least 1"),
     ({"num_heads": 3}, "d_model 8 is not divisible by num_heads 3"),
     ({"mixing_dim": 9}, "mixing_dim 9 is not divisible by num_heads 2"),
     ({"position": "learned"}, "position is 'learned', expected one of standard, official, none"),

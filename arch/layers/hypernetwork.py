@@ -17,7 +17,7 @@ class HeadLinear(nnx.Module):
 
   `init="per_head"` is Glorot's for the matrix of a head, with a gain of the square root of 2.
   `"official"` is what HyperMixing's published code draws: it takes the fans of the stack of `h`
-  matrices `[h, o, i]`, `o i` and `h i`, which makes the weights up to `min(i, o)` times smaller.
+  matrices `[h, o, i]`, `o i` and `h i`, and weights are `sqrt((o + h) i / (i + o))` times smaller.
   """
 
   def __init__(
@@ -43,7 +43,9 @@ class HeadLinear(nnx.Module):
 
   def __call__(self, x: jax.Array) -> jax.Array:
     y = jnp.einsum("bthi,hio->btho", x, self.kernel[...].astype(self.dtype))
-    return y if self.bias is None else y + self.bias[...].astype(self.dtype)[None, None]
+    return (
+      y if self.bias is None else y + self.bias[...].astype(self.dtype).reshape(1, 1, *y.shape[2:])
+    )
 
 
 class Hypernetwork(nnx.Module):

@@ -19,6 +19,7 @@ from flax import nnx
 
 from triform import kernels
 from triform.kernels.hypermixing import ACTIVATIONS, Activation
+from triform.kernels.runs import in_runs, pad_to_runs
 
 from ..interface import SequenceModule, check_call, state_dtype
 from ..layers.hypernetwork import Hypernetwork, HypernetworkInit
@@ -29,7 +30,7 @@ Decay = Literal["none", "fixed"]
 RMS = {"row_rms": "row", "head_rms": "head"}
 
 
-class HyperMixingMemory(NamedTuple):
+class HyperMixingState(NamedTuple):
   """`W1^T V` of the tokens so far, in at least float32, and their number."""
 
   kv: jax.Array  # [b, h, k, v]
@@ -71,7 +72,11 @@ class _HyperMixing(SequenceModule):
     param_dtype: Any = jnp.float32,
     rngs: nnx.Rngs,
   ):
-    for name, width in (("d_model", d_model), ("mixing_dim", mixing_dim)):
+    sizes = {"d_model": d_model, "mixing_dim": mixing_dim}
+    for name, size in {"num_heads": num_heads, "chunk_size": chunk_size, **sizes}.items():
+      if size < 1:
+        raise ValueError(f"{name} is {size}, expected at least 1")
+    for name, width in sizes.items():
       if width % num_heads:
         raise ValueError(f"{name} {width} is not divisible by num_heads {num_heads}")
     for name, value, known in (
@@ -103,15 +108,16 @@ class _HyperMixing(SequenceModule):
     norm = functools.partial(nnx.LayerNorm, epsilon=eps, use_fast_variance=False, **dtypes)
     self.norm = norm(d_model, rngs=rngs) if layer_norm else None
 
-  def init_memory(self, batch_size: int) -> HyperMixingMemory:
-    """The memory of no tokens."""
+  def _no_tokens(self, batch_size: int) -> HyperMixingState:
     shape = (batch_size, self.num_heads, self.key_size, self.value_size)
-    return HyperMixingMemory(
+    return HyperMixingState(
       jnp.zeros(shape, state_dtype(self.dtype)), jnp.zeros(batch_size, jnp.uint32)
     )
 
   def _real(self, x, mask):
     """Padding may hold anything, NaN included."""
+    if x.shape[2:] != (self.d_model,):
+      raise ValueError(f"x has shape {list(x.shape)}, expected [batch, time, {self.d_model}]")
     x = jnp.asarray(x, self.dtype)
     return x if mask is None else jnp.where(jnp.asarray(mask)[..., None], x, 0)
 
@@ -143,7 +149,8 @@ class HyperMixing(_HyperMixing):
   are the two passes, for sequences that come in pieces.
 
   The published layer has neither a scale nor a softmax, so that its sum grows with the length.
-  With `memory` it is cross mixing: the sum is of other tokens, or of keys and values `(k, v)`.
+  With `memory` it is cross mixing: the sum is of other tokens `[b, s, d]`, or of a pair of keys and
+  values, of which `memory_mask`, bool `[b, s]`, tells the real ones.
 
   Args:
     d_model: width of inputs and outputs.
@@ -181,7 +188,7 @@ class HyperMixing(_HyperMixing):
     memory_mask=None,
   ):
     check_call(x, form, reset, mask)
-    if state not in (None, ()):
+    if jax.tree.leaves(state):
       raise NotImplementedError(
         "HyperMixing sees a whole sequence and goes on from no state; CausalHyperMixing does"
       )
@@ -190,16 +197,10 @@ class HyperMixing(_HyperMixing):
         "HyperMixing sees a whole sequence, so a reset is none; give every document a row of its "
         "own, or use CausalHyperMixing"
       )
-    if memory is None:
-      keys, memory_mask = (x, None), mask
-    else:
-      if self.w2 is None:
-        raise ValueError("memory is given to a tied layer, whose queries and keys are the same")
-      keys = memory if isinstance(memory, tuple) else (memory, None)
-      check_call(keys[0], form, None, memory_mask)
+    keys, memory_mask = self._keys(x, mask, memory, memory_mask)
     total, _ = self._pass(
-      lambda total, tokens, mask: (self.accumulate(*tokens, memory=total, mask=mask), ()),
-      self.init_memory(x.shape[0]),
+      lambda total, tokens, mask: (self._accumulate(total, *tokens, mask), ()),
+      self._no_tokens(x.shape[0]),
       keys,
       memory_mask,
       form,
@@ -214,54 +215,79 @@ class HyperMixing(_HyperMixing):
     )
     return y, ()
 
+  def _keys(self, x, mask, memory, memory_mask):
+    """Keys and values that are summed, and which of them are real."""
+    if memory is None:
+      if memory_mask is not None:
+        raise ValueError("memory_mask is given without memory")
+      return (x, x), mask
+    if self.w2 is None:
+      raise ValueError("memory is given to a tied layer, whose queries and keys are the same")
+    if isinstance(memory, HyperMixingState):
+      raise ValueError("memory is a HyperMixingState, expected tokens; read_out reads a sum")
+    pair = memory if isinstance(memory, tuple | list) else (memory, memory)
+    shapes = [list(jnp.shape(part)) for part in pair]
+    rows, width = x.shape[0], self.d_model
+    if len(pair) != 2 or shapes[0] != shapes[1] or shapes[0][::2] != [rows, width]:
+      raise ValueError(
+        f"memory has shapes {shapes}, expected [{rows}, time, {width}] or two such, of keys and "
+        "values"
+      )
+    if memory_mask is not None and jnp.shape(memory_mask) != pair[0].shape[:2]:
+      raise ValueError(
+        f"memory_mask has shape {list(jnp.shape(memory_mask))}, expected {shapes[0][:2]}"
+      )
+    return tuple(pair), memory_mask
+
   def _pass(self, step, carry, tokens, mask, form):
     """`step` over all tokens at once, or over one chunk or token after another."""
     b, t = tokens[0].shape[:2]
     size = {"parallel": t, "chunkwise": min(self.chunk_size, t), "recurrent": 1}[form]
     if size == t:
       return step(carry, tokens, mask)
-    if t % size and mask is None:
-      mask = jnp.ones((b, t), bool)
-
-    def chunks(a):
-      a = jnp.pad(jnp.asarray(a), [(0, 0), (0, -t % size)] + [(0, 0)] * (a.ndim - 2))
-      return a.reshape(b, -1, size, *a.shape[2:]).swapaxes(0, 1)
-
-    carry, y = jax.lax.scan(
-      lambda carry, chunk: step(carry, *chunk), carry, jax.tree.map(chunks, (tokens, mask))
-    )
+    _, mask, *tokens = pad_to_runs(size, None, mask, *map(jnp.asarray, tokens))
+    runs = jax.tree.map(functools.partial(in_runs, size), (tokens, mask))
+    carry, y = jax.lax.scan(lambda carry, run: step(carry, *run), carry, runs)
     return carry, jax.tree.map(lambda y: y.swapaxes(0, 1).reshape(b, -1, *y.shape[3:])[:, :t], y)
 
   def accumulate(
     self,
     x: jax.Array,  # [b, t, d]
-    values: jax.Array | None = None,  # [b, t, d], of `x` by default
-    *,
-    memory: HyperMixingMemory | None = None,
     mask: jax.Array | None = None,  # bool[b, t]
-  ) -> HyperMixingMemory:
-    """Adds the next piece of a sequence to what there is of it: the first of two passes."""
-    memory = self.init_memory(x.shape[0]) if memory is None else memory
-    x, v = (self._real(a, mask) for a in (x, x if values is None else values))
-    position, seen = kernels.token_positions(memory.position, None, mask, x.shape[1])
+    *,
+    values: jax.Array | None = None,  # [b, t, d], `x` by default
+    total: HyperMixingState | None = None,
+  ) -> HyperMixingState:
+    """Adds the next piece of a sequence to the `total` of those before: the first of two passes."""
+    check_call(x, "parallel", None, mask)
+    total = self._no_tokens(x.shape[0]) if total is None else total
+    return self._accumulate(total, x, x if values is None else values, mask)
+
+  def _accumulate(self, total, x, values, mask):
+    x, v = (self._real(a, mask) for a in (x, values))
+    position, seen = kernels.token_positions(total.position, None, mask, x.shape[1])
     w1 = self.w1(self._informed(x, position))
     with jax.named_scope("mixing"):
       added = jnp.einsum(
-        "bthk,bthv->bhkv", w1, self._heads(v), preferred_element_type=memory.kv.dtype
+        "bthk,bthv->bhkv", w1, self._heads(v), preferred_element_type=total.kv.dtype
       )
-    return HyperMixingMemory(memory.kv + added, seen)
+    return HyperMixingState(total.kv + added, seen)
 
   def read_out(
     self,
-    memory: HyperMixingMemory,
+    total: HyperMixingState,
     x: jax.Array,  # [b, t, d]
-    *,
-    start: jax.Array | None = None,  # uint32[b], tokens of the sequence before this piece
     mask: jax.Array | None = None,  # bool[b, t]
+    *,
+    start: jax.Array | int = 0,
   ) -> jax.Array:  # [b, t, d]
-    """What the next piece of a sequence reads from the whole of it: the second pass."""
-    start = jnp.zeros(x.shape[0], jnp.uint32) if start is None else start
-    return self._read(kernels.activate(memory.kv, self.activation), x, start, mask)[1]
+    """What a piece of a sequence reads from the `total` of all of it: the second pass.
+
+    `start` is the number of real tokens before the piece, of every row or of each, `[b]`.
+    """
+    check_call(x, "parallel", None, mask)
+    start = jnp.broadcast_to(jnp.asarray(start), x.shape[:1])
+    return self._read(kernels.activate(total.kv, self.activation), x, start, mask)[1]
 
   def _read(self, perceptron, x, start, mask):
     x = self._real(x, mask)
@@ -306,9 +332,10 @@ class CausalHyperMixing(_HyperMixing):
     decay: Decay = "none",
     normalizer: Normalizer = "none",
     param_dtype: Any = jnp.float32,
+    rngs: nnx.Rngs,
     **options: Any,
   ):
-    super().__init__(d_model, param_dtype=param_dtype, **options)
+    super().__init__(d_model, param_dtype=param_dtype, rngs=rngs, **options)
     for name, value, known in (("decay", decay, Decay), ("normalizer", normalizer, Normalizer)):
       if value not in get_args(known):
         raise ValueError(f"{name} is {value!r}, expected one of {', '.join(get_args(known))}")
@@ -317,7 +344,7 @@ class CausalHyperMixing(_HyperMixing):
     self.gain = None if normalizer == "none" else nnx.Param(gain)
 
   def init_state(self, batch_size, *, max_len=None):
-    return self.init_memory(batch_size)
+    return self._no_tokens(batch_size)
 
   def __call__(self, x, state=None, *, form="parallel", reset=None, mask=None, rngs=None):
     check_call(x, form, reset, mask)
@@ -344,7 +371,7 @@ class CausalHyperMixing(_HyperMixing):
       form=form,
       chunk_size=self.chunk_size,
     )
-    return self._normed(y), HyperMixingMemory(kv.astype(state_dtype(self.dtype)), seen)
+    return self._normed(y), HyperMixingState(kv.astype(state_dtype(self.dtype)), seen)
 
   def _scale(self, position, log_decay):  # None, [h] or [b, t, h]
     if self.normalizer == "none":

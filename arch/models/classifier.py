@@ -42,6 +42,11 @@ class Classifier(SequenceModule):
     scan = jax.default_backend() != "cpu" if scan_layers is None else scan_layers
     self.stack = Stack(make_block, num_layers, scan=scan, remat=remat, rngs=rngs)
     copy_traits(self, self.stack)
+    if self.causal:
+      raise NotImplementedError(
+        "Classifier takes the mean of a whole sequence, which no state carries; expected blocks "
+        "that see whole sequences too, such as of HyperMixing"
+      )
     self.norm = norm
     self.head = Linear(d_model, num_classes, use_bias=True, **dtypes)
 

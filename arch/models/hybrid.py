@@ -35,6 +35,7 @@ class Hybrid(LanguageModel):
     num_heads: of every mixer that has no number of its own.
     ffn_dim, activation: of the feed-forward.
     eps: of the norms.
+    chunk_size: of every mixer that has none of its own; by default what is best for each.
   """
 
   def __init__(
@@ -50,7 +51,7 @@ class Hybrid(LanguageModel):
     tie_embeddings: bool = False,
     dropout: float = 0.0,
     eps: float = 1e-6,
-    chunk_size: int = 128,
+    chunk_size: int | None = None,
     scan_layers: bool | None = None,
     remat: str = "none",
     dtype: Any = None,
@@ -61,7 +62,9 @@ class Hybrid(LanguageModel):
     norm = functools.partial(RMSNorm, d_model, epsilon=eps, **dtypes)
 
     def make_block(name: str, options: dict[str, Any], rngs: nnx.Rngs) -> Block:
-      options = {"num_heads": num_heads, "chunk_size": chunk_size, **options}
+      options = {"num_heads": num_heads, **options}
+      if chunk_size is not None:
+        options = {"chunk_size": chunk_size, **options}
       try:
         mixer = MIXERS[name](d_model, **options, **dtypes, rngs=rngs)
       except TypeError as error:  # an option that the mixer does not have

@@ -30,8 +30,8 @@ class HyperMixer(LanguageModel):
   Every block is `x += LayerNorm(mixing(LayerNorm(x)))`, `x += feed_forward(LayerNorm(x))`, one of
   the placements that the paper finds to work (appendix F). The published layer is bidirectional and
   sums without a scale; `decay` and `normalizer` are what makes a causal one serve any length. See
-  `CausalHyperMixing` for them and for `mixing_dim`, `tied` and `position`. `mixing_activation` is
-  its activation, `activation` the feed-forward's.
+  `CausalHyperMixing` for them and for `mixing_dim`, `tied`, `use_bias` and `position`.
+  `mixing_activation` is its activation, `activation` the feed-forward's.
   """
 
   def __init__(
@@ -46,6 +46,7 @@ class HyperMixer(LanguageModel):
     ffn_dim: int,
     activation: str = "gelu",
     tied: bool = False,
+    use_bias: bool = False,
     decay: Decay = "fixed",
     normalizer: Normalizer = "head_rms",
     position: Position = "standard",
@@ -68,6 +69,7 @@ class HyperMixer(LanguageModel):
         mixing_dim=mixing_dim,
         activation=mixing_activation,
         tied=tied,
+        use_bias=use_bias,
         decay=decay,
         normalizer=normalizer,
         position=position,
@@ -96,10 +98,12 @@ class HyperMixer(LanguageModel):
 
 
 class HyperMixerClassifier(Classifier):
-  """HyperMixer as in the paper: an encoder of token ids, and classes from the mean of its features.
+  """An encoder with HyperMixing as published, and classes from the mean of its features.
 
-  `logits, () = model(ids, mask=mask)`, logits `[b, classes]`. The blocks are those of `HyperMixer`
-  with `HyperMixing` for the mixer, whose arguments `mixing_dim`, `tied`, `position` and `init` are.
+  `logits, _ = model(ids, mask=mask)`, logits `[b, classes]`. The blocks are those of `HyperMixer`
+  with `HyperMixing` for the mixer; see there for `mixing_dim`, `tied`, `use_bias` (with
+  `position="standard"` it is SpeechBrain's), `position` and `init`. `mixing_activation` is its
+  activation, `activation` the feed-forward's.
   """
 
   def __init__(
@@ -111,9 +115,11 @@ class HyperMixerClassifier(Classifier):
     num_layers: int,
     num_heads: int,
     mixing_dim: int,
+    mixing_activation: Activation = "gelu",
     ffn_dim: int,
     activation: str = "gelu",
     tied: bool = True,
+    use_bias: bool = False,
     position: Position = "official",
     init: HypernetworkInit = "per_head",
     dropout: float = 0.0,
@@ -132,7 +138,9 @@ class HyperMixerClassifier(Classifier):
         d_model,
         num_heads=num_heads,
         mixing_dim=mixing_dim,
+        activation=mixing_activation,
         tied=tied,
+        use_bias=use_bias,
         position=position,
         init=init,
         eps=eps,

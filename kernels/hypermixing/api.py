@@ -19,7 +19,7 @@ def causal_hypermixing(
   w1: jax.Array,  # [b, t, h, k]
   w2: jax.Array,  # [b, t, h, k]
   v: jax.Array,  # [b, t, h, v]
-  log_decay: jax.Array | None = None,  # [h], at most 0
+  log_decay: jax.Array | None = None,  # [h], finite, at most 0
   *,
   scale: jax.Array | None = None,  # [h] or [b, t, h]
   rms: Rms | None = None,
@@ -60,7 +60,7 @@ def causal_hypermixing(
 
   Returns:
     Outputs in the dtype of `v`, and the final state. The state and all that is made of it are held
-    in the widest of float32 and the input dtypes. Everything is differentiable but `log_decay`.
+    in the widest of float32 and the input dtypes. Everything is differentiable.
 
   Raises:
     ValueError: for shapes that do not fit together, or an unknown form, activation or rms.
@@ -110,6 +110,7 @@ def causal_hypermixing(
     state = jnp.zeros((b, h, k, v.shape[-1]), dtype)
   if scale is not None:
     scale = jnp.broadcast_to(scale.astype(dtype), (b, t, h))
+    scale = scale if mask is None else jnp.where(mask[..., None], scale, 0)
   w1, w2, x, log_decay, state = (a.astype(dtype) for a in (w1, w2, v, log_decay, state))
   read = functools.partial(xla.read, rms=rms, activation=activation)
   y, final = forms[form](w1, w2, x, log_decay, scale, state, reset, mask, read)

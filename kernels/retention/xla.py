@@ -9,7 +9,15 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from ..runs import by_head, by_time, make_runs, pad_to_runs, untouched_if_masked, weigh
+from ..runs import (
+  by_head,
+  by_time,
+  make_runs,
+  pad_to_runs,
+  states_before,
+  untouched_if_masked,
+  weigh,
+)
 
 # Of the parallel form. Rows of 128 fill a matrix unit and skip nearly half of the pairs of a long
 # sequence; every block is compiled by itself, so there are at most 8, which still skip 7/16.
@@ -126,11 +134,7 @@ def chunkwise(q, k, v, log_decay, state, reset, mask, *, chunk_size):
   added = _leave(k, v, within[..., -1, :])
   kept = jnp.broadcast_to(incoming[..., -1], added.shape[:-2])[..., None, None]
 
-  def carry(before, chunk):
-    kept, added = chunk
-    return weigh(kept, before) + added, before
-
-  final, before = jax.lax.scan(carry, state.reshape(added.shape[1:]), (kept, added))
+  final, before = states_before(state.reshape(added.shape[1:]), kept, added)
   out = _attend(q, k, v, within) + _read(q, before, incoming)
   return by_time(out, t, out_dtype), untouched_if_masked(final.reshape(state.shape), state, mask)
 
