@@ -13,7 +13,7 @@ from triform.arch.interface import FORMS
 
 SHAPES = (  # for law 1: one token, one chunk, three and a bit
   (1, 1),
-  (3, 4),
+  pytest.param((3, 4), marks=pytest.mark.slow),
   pytest.param((1, 13), marks=pytest.mark.slow),
 )
 ALIKE = 3  # cases of one example

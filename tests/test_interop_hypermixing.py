@@ -22,8 +22,17 @@ ARRAYS = dict(np.load(Path(__file__).parent / "data/hypermixing.npz"))
 CASES = [name.removesuffix("/out") for name in ARRAYS if name.endswith("/out")]
 IDIAP = [name for name in CASES if name.startswith("idiap") and "prefix" not in name]
 PREFIX = [name for name in CASES if "prefix" in name]
+QUICK = {
+  "idiap_h2_untied_bias", "idiap_h4_tied_patched", "idiap_h4_untied_masked", "idiap_h2_cross",
+  "idiap_h4_prefix", "sb_h4_untied_fixtm",
+}  # fmt: skip
 every_form = pytest.mark.parametrize("form", FORMS)
+
 TRUTH = {"True": True, "False": False}
+
+
+def parameters(cases):
+  return [pytest.param(c, marks=() if c in QUICK else pytest.mark.slow) for c in cases]
 
 
 def group(case, prefix):
@@ -80,7 +89,7 @@ def tolerance(case):
 
 
 @every_form
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", parameters(CASES))
 def test_published_outputs(case, form):
   arrays, masks = inputs(case)
   expected = ARRAYS[f"{case}/out"]
@@ -94,7 +103,7 @@ def test_published_outputs(case, form):
 
 
 @every_form
-@pytest.mark.parametrize("case", [case for case in CASES if case not in PREFIX])
+@pytest.mark.parametrize("case", parameters(case for case in CASES if case not in PREFIX))
 def test_published_gradients(case, form):
   """Of `sum(out * cot)`, by every parameter and input."""
   arrays, masks = inputs(case)
@@ -121,7 +130,7 @@ def test_published_gradients(case, form):
     assert error(ours, theirs) <= 100 * tolerance(case)
 
 
-@pytest.mark.parametrize("case", PREFIX)
+@pytest.mark.parametrize("case", parameters(PREFIX))
 def test_a_causal_layer_goes_on_from_its_state(case):
   (x,), _ = inputs(case)
   with jax.enable_x64():
