@@ -2,6 +2,8 @@
 
     python train.py --config=configs/primer_tiny.py
 
+Under seven minutes on two CPU cores; 1.56 bits per byte on 50,000 held-out tokens (one run, seed 0,
+Python 3.11).
 Squared ReLU and multi-DConv-head attention, what the paper found to help most reliably. Data and
 size are those of `retnet_tiny`, the steps fewer, each of which takes longer. Evaluation begins
 afresh every `max_len` tokens of a document, for that is what the cache holds.
