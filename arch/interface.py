@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from triform.kernels.retention import FORMS, Form
+from triform.kernels import FORMS, Form
 
 __all__ = [
   "FORMS",

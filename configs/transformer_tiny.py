@@ -4,8 +4,8 @@
 
 Under seven minutes on two CPU cores; 1.73 bits per byte on 50,000 held-out tokens (one run, seed 0,
 Python 3.11). The baseline of `retnet_tiny`: same data, size, depth and width, but fewer steps, each
-of which takes longer. Evaluation begins afresh every `max_len` tokens of a document, for that is what the
-cache holds.
+of which takes longer. Evaluation begins afresh every `max_len` tokens of a document, for that is
+what the cache holds.
 Variants, `configs/transformer_tiny.py:VARIANT`: `plain` (LayerNorm, ReLU, T5's relative positions),
 `window`.
 """

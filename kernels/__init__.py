@@ -5,6 +5,7 @@ Axis letters, everywhere: `b` batch, `t` time, `h` heads, `g` key/value heads, `
 """
 
 from .attention import KVCache, attention, new_cache, relative_buckets
+from .checks import FORMS, Form
 from .depthwise_conv import causal_depthwise_conv
 from .hypermixing import activate, causal_hypermixing
 from .positions import decayed_count, token_positions
@@ -13,6 +14,8 @@ from .rotary import rotary_phase, rotary_steps, rotate
 from .sinusoid import sinusoid
 
 __all__ = [
+  "FORMS",
+  "Form",
   "KVCache",
   "activate",
   "attention",

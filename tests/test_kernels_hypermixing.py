@@ -16,8 +16,8 @@ from laws_cases import masks, resets
 from laws_errors import EXACT, error
 
 from triform import kernels
+from triform.kernels import FORMS
 from triform.kernels.hypermixing import reference
-from triform.kernels.retention import FORMS
 
 CHUNK = 4
 B, H, K, V = 2, 3, 4, 5

@@ -14,7 +14,8 @@ from laws_cases import flags, masks, resets
 from laws_errors import EXACT, error, intermediates, largest
 
 from triform import kernels
-from triform.kernels.retention import FORMS, reference
+from triform.kernels import FORMS
+from triform.kernels.retention import reference
 
 CHUNK = 4
 B, K, V = 2, 4, 3

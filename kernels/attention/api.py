@@ -5,8 +5,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from ..checks import Form, check_form, check_heads, check_shapes
 from ..positions import token_positions
-from ..retention.api import FORMS, Form
 from . import forms
 from .forms import KVCache, Rule, Tokens
 
@@ -115,33 +115,22 @@ def attention(
 
 
 def _check(q, k, v, cache, window, bias, reset, mask, form, chunk_size):
-  for name, array in {"q": q, "k": k, "v": v}.items():
-    if jnp.ndim(array) != 4:
-      raise ValueError(f"{name} has shape {list(array.shape)}, expected [batch, time, heads, size]")
+  check_heads(q=q, k=k, v=v)
   b, t, h, size = q.shape
   g = k.shape[2]
-  expected = {"k": (k, (b, t, g, size)), "v": (v, (b, t, g, size))}
-  expected |= {"reset": (reset, (b, t)), "mask": (mask, (b, t))}
+  expected = {"k": (k, {(b, t, g, size)}), "v": (v, {(b, t, g, size)})}
+  expected |= {"reset": (reset, {(b, t)}), "mask": (mask, {(b, t)})}
   if bias is not None:
-    expected["bias"] = (bias, (h, bias.shape[-1]))
+    expected["bias"] = (bias, {(h, bias.shape[-1])})
   if cache is not None:
     rows = window or cache.k.shape[1]
-    expected |= {f"cache.{name}": (getattr(cache, name), (b, rows, g, size)) for name in "kv"}
-  for name, (array, shape) in expected.items():
-    if array is not None and jnp.shape(array) != shape:
-      raise ValueError(
-        f"{name} has shape {list(jnp.shape(array))}, expected {list(shape)} for q {list(q.shape)}"
-      )
+    expected |= {f"cache.{name}": (getattr(cache, name), {(b, rows, g, size)}) for name in "kv"}
+  check_shapes(f"q {list(q.shape)}", expected)
   if h % g:
     raise ValueError(f"{h} query heads cannot share {g} key/value heads evenly")
-  if t == 0:
-    raise ValueError("attention needs at least one token, got length 0")
-  if chunk_size < 1:
-    raise ValueError(f"chunk_size is {chunk_size}, expected at least 1")
+  check_form("attention", t, form, chunk_size)
   if window is not None and window < 1:
     raise ValueError(f"window is {window}, expected at least 1")
-  if form not in FORMS:
-    raise ValueError(f"form is {form!r}, expected one of {', '.join(FORMS)}")
   if cache is not None and window is None and reset is None and mask is None and t > rows:
     raise ValueError(f"{t} tokens do not fit a cache of max_len {rows}")
   return b, t, size

@@ -6,7 +6,7 @@ from typing import Literal, get_args
 import jax
 import jax.numpy as jnp
 
-from ..retention import FORMS, Form
+from ..checks import Form, check_form, check_heads, check_shapes
 from . import xla
 
 Activation = Literal["gelu", "relu"]
@@ -67,9 +67,7 @@ def causal_hypermixing(
   """
   arrays = (w1, w2, v, log_decay, scale, state, reset, mask)
   w1, w2, v, log_decay, scale, state, reset, mask = jax.tree.map(jnp.asarray, arrays)
-  for name, array in {"w1": w1, "v": v}.items():
-    if array.ndim != 4:
-      raise ValueError(f"{name} has shape {list(array.shape)}, expected [batch, time, heads, size]")
+  check_heads(w1=w1, v=v)
   b, t, h, k = w1.shape
   expected = {
     "w2": (w2, {(b, t, h, k)}),
@@ -80,16 +78,8 @@ def causal_hypermixing(
     "reset": (reset, {(b, t)}),
     "mask": (mask, {(b, t)}),
   }
-  for name, (array, shapes) in expected.items():
-    if array is not None and jnp.shape(array) not in shapes:
-      wanted = " or ".join(str(list(s)) for s in sorted(shapes, key=len))
-      raise ValueError(
-        f"{name} has shape {list(jnp.shape(array))}, expected {wanted} for w1 {list(w1.shape)}"
-      )
-  if t == 0:
-    raise ValueError("hypermixing needs at least one token, got length 0")
-  if chunk_size < 1:
-    raise ValueError(f"chunk_size is {chunk_size}, expected at least 1")
+  check_shapes(f"w1 {list(w1.shape)}", expected)
+  check_form("hypermixing", t, form, chunk_size)
   if activation not in ACTIVATIONS:
     raise ValueError(f"activation is {activation!r}, expected one of {', '.join(ACTIVATIONS)}")
   if rms is not None and rms not in get_args(Rms):
@@ -99,8 +89,6 @@ def causal_hypermixing(
     "chunkwise": functools.partial(xla.chunkwise, chunk_size=chunk_size),
     "recurrent": xla.recurrent,
   }
-  if form not in forms:
-    raise ValueError(f"form is {form!r}, expected one of {', '.join(FORMS)}")
   if mask is not None:  # a weight of 0 would not keep NaN out
     w1, w2, v = (jnp.where(mask[..., None, None], a, 0) for a in (w1, w2, v))
   dtype = jnp.result_type(jnp.float32, *(a.dtype for a in (w1, w2, v, state) if a is not None))

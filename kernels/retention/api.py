@@ -1,16 +1,13 @@
 """The public functions: validation, then the form asked for."""
 
 import functools
-from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
 
+from ..checks import Form, check_form, check_heads, check_shapes
 from ..positions import decayed_count
 from . import xla
-
-Form = Literal["parallel", "chunkwise", "recurrent"]
-FORMS: tuple[Form, ...] = get_args(Form)
 
 
 @jax.named_scope("mixing")
@@ -59,9 +56,7 @@ def retention(
   """
   arrays = (q, k, v, log_decay, state, reset, mask)
   q, k, v, log_decay, state, reset, mask = jax.tree.map(jnp.asarray, arrays)
-  for name, array in {"q": q, "k": k, "v": v}.items():
-    if array.ndim != 4:
-      raise ValueError(f"{name} has shape {list(array.shape)}, expected [batch, time, heads, size]")
+  check_heads(q=q, k=k, v=v)
   b, t, h, key_size = q.shape
   g = k.shape[2]
   expected = {
@@ -72,25 +67,15 @@ def retention(
     "reset": (reset, {(b, t)}),
     "mask": (mask, {(b, t)}),
   }
-  for name, (array, shapes) in expected.items():
-    if array is not None and jnp.shape(array) not in shapes:
-      wanted = " or ".join(str(list(s)) for s in sorted(shapes, key=len))
-      raise ValueError(
-        f"{name} has shape {list(jnp.shape(array))}, expected {wanted} for q {list(q.shape)}"
-      )
+  check_shapes(f"q {list(q.shape)}", expected)
   if h % g:
     raise ValueError(f"{h} query heads cannot share {g} key/value heads evenly")
-  if t == 0:
-    raise ValueError("retention needs at least one token, got length 0")
-  if chunk_size < 1:
-    raise ValueError(f"chunk_size is {chunk_size}, expected at least 1")
+  check_form("retention", t, form, chunk_size)
   forms = {
     "parallel": xla.parallel,
     "chunkwise": functools.partial(xla.chunkwise, chunk_size=chunk_size),
     "recurrent": xla.recurrent,
   }
-  if form not in forms:
-    raise ValueError(f"form is {form!r}, expected one of {', '.join(FORMS)}")
   if mask is not None:  # a weight of 0 would not keep NaN out
     q, k, v = (jnp.where(mask[..., None, None], a, 0) for a in (q, k, v))
     if log_decay.ndim == 3:
