@@ -80,7 +80,8 @@ def call(layer, arrays, masks, form):
 
 
 def error(got, expected):
-  return np.abs(np.asarray(got) - expected).max() / np.abs(expected).max()
+  got, expected = np.asarray(got), np.asarray(expected)
+  return np.abs(got - expected).max() / np.abs(expected).max()
 
 
 # SpeechBrain computes its table in float32, a product of a position and a rounded frequency.

@@ -104,27 +104,30 @@ def _core(layer: CausalHyperMixing, call: Call) -> Count:
     states = t * h * k * v
     products = Work(mixing=4 * states)
     return Count(products + Work(vector=states), products * 2) + _activated(layer, t)
-  c = 1 if call.form == "recurrent" else min(layer.chunk_size, t)
+  if call.form == "recurrent":  # which has the product of a token elementwise
+    states = t * h * k * v
+    read = Work(mixing=2 * states)
+    forward = read + Work(vector=3 * states, transcendental=h)
+    backward = read * 2 + Work(vector=8 * states + t * h * (k + v))
+    return Count(forward, backward) + _activated(layer, t)
+  c = min(layer.chunk_size, t)
   chunks = -(-t // c)
   tokens = chunks * c
   states = tokens * h * k * v
-  read, sums = Work(mixing=2 * states), Work(mixing=2 * c * states)
-  counted = _activated(layer, tokens) + Count(
-    Work(vector=3 * states), read * 2 + Work(vector=8 * states + tokens * h * (k + v))
-  )
-  if call.form == "recurrent":
-    return counted + Count(read + Work(transcendental=h))
+  product, sums = Work(mixing=2 * states), Work(mixing=2 * c * states)
   # Without documents and padding, all chunks have one table of decays.
   shared = call.form == "parallel" and not call.training and t % c == 0
   tables = 1 if shared else chunks
   decays = h * tables * c * (c + 1)  # of pairs, and of the state before
-  counted += Count(sums + Work(vector=decays + tables * c * c, transcendental=decays), sums)
+  counted = _activated(layer, tokens) + Count(
+    product + sums + Work(vector=2 * states + decays + tables * c * c, transcendental=decays),
+    product * 4 + sums + Work(vector=4 * states),
+  )
+  carried = Work(vector=chunks * h * k * v)
   if call.form == "parallel":
-    return counted + Count(
-      read + Work(vector=2 * chunks * h * k * v), Work(vector=3 * chunks * h * k * v)
-    )
+    return counted + Count(product + carried * 2, carried * 3)
   again = counted.forward if call.training else Work()
-  return counted + Count(read, Work(vector=chunks * h * k * v), again)
+  return counted + Count(product, carried, again)
 
 
 def _activated(layer: CausalHyperMixing, tokens: int) -> Count:

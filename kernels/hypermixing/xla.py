@@ -46,8 +46,7 @@ def _run(
   b, c, h, _ = w1.shape
   runs = make_runs(log_decay, reset, mask, h, c, w1.dtype)
   weights, incoming = runs.pairs(0, c)[0, :, :, 0], runs.incoming()[0, :, :, 0]
-  w1, v = w1.swapaxes(1, 2), v.swapaxes(1, 2)
-  added = w1[..., None] * v[..., None, :]
+  added = jnp.einsum("bchk,bchv->bhckv", w1, v)
   weights = jnp.broadcast_to(weights, (b, h, c, c))
   return jnp.einsum("bhij,bhjkv->bhikv", weights, added), jnp.broadcast_to(incoming, (b, h, c))
 
