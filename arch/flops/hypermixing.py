@@ -51,7 +51,7 @@ def _(layer: HyperMixing, call: Call) -> Count:
   products = Work(mixing=4 * tokens * state)
   counted += Count(products + Work(vector=pieces * state), products * 2)
   counted += each(STATE_ACTIVATIONS, layer.activation, state, None)
-  counted += fan_out(2, d, call) + fan_out(2, d, padded)  # by both passes, and twice by the first
+  counted += fan_out(3, d, call)  # as keys, values and queries
   summed = pieces * state
   if pieces > 1:  # gradients of what every piece uses; of one token, a vector's is no sum itself
     parts = filter(None, (*networks, layer.norm))
