@@ -46,8 +46,9 @@ def abilities(model: SequenceModule) -> list[str]:
   """What a small model is seen to do: the columns of `HEADER` up to its parameters."""
   ids = jnp.asarray(np.random.default_rng(0).permutation(32)[None, :8])
 
-  def features(ids, **arguments):
-    return model.encode(ids, **arguments)[0]
+  @functools.partial(jax.jit, static_argnames="form")
+  def features(ids, form="parallel", reset=None):
+    return model.encode(ids, form=form, reset=reset)[0]
 
   forms = [form for form in FORMS if _answers(features, ids, form=form)]
   other = jnp.concatenate([ids[:, :4], ids[:, :3:-1]], axis=1)  # the same start, then otherwise
@@ -69,7 +70,7 @@ def _answers(features, ids, **arguments) -> bool:
 
 
 def _state_has_gradients(model, ids) -> str:
-  _, state = model.encode(ids[:, :4])
+  _, state = jax.jit(lambda ids: model.encode(ids))(ids[:, :4])
   leaves, structure = jax.tree.flatten(state)
   if not leaves:
     return "no state"
@@ -80,7 +81,7 @@ def _state_has_gradients(model, ids) -> str:
     given = [next(rest) if jnp.issubdtype(a.dtype, jnp.floating) else a for a in leaves]
     return model.encode(ids[:, 4:], jax.tree.unflatten(structure, given))[0].sum()
 
-  flows = all(jnp.abs(gradient).max() > 0 for gradient in jax.grad(loss)(floats))
+  flows = all(jnp.abs(gradient).max() > 0 for gradient in jax.jit(jax.grad(loss))(floats))
   return "yes" if flows else "no"
 
 
