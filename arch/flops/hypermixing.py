@@ -7,6 +7,7 @@ is read, and either has two gradients.
 import jax
 from flax import nnx
 
+from ..interface import state_dtype
 from ..layers.hypernetwork import HeadLinear, Hypernetwork
 from ..mixers.hypermixing import CausalHyperMixing, HyperMixing
 from .closed import ACTIVATIONS, count, each, fan_out, total
@@ -50,7 +51,7 @@ def _(layer: HyperMixing, call: Call) -> Count:
   counted = total(filter(None, (*networks, layer.norm)), padded) + _positions(layer, tokens) * 2
   products = Work(mixing=4 * tokens * state)
   counted += Count(products + Work(vector=pieces * state), products * 2)
-  counted += each(STATE_ACTIVATIONS, layer.activation, state, None)
+  counted += each(STATE_ACTIVATIONS, layer.activation, state, state_dtype(layer.dtype))
   counted += fan_out(3, d, call)  # as keys, values and queries
   summed = pieces * state
   if pieces > 1:  # gradients of what every piece uses; of one token, a vector's is no sum itself
@@ -134,7 +135,7 @@ def _activated(layer: CausalHyperMixing, tokens: int) -> Count:
   """What becomes of the states before they are read."""
   h, k = layer.num_heads, layer.key_size
   states = tokens * h * k * layer.value_size
-  counted = each(STATE_ACTIVATIONS, layer.activation, states, None)
+  counted = each(STATE_ACTIVATIONS, layer.activation, states, state_dtype(layer.dtype))
   if layer.normalizer == "none":
     return counted
   counted += Count(Work(vector=states), Work(vector=3 * states + tokens * h))
