@@ -10,11 +10,11 @@ from flax import nnx
 from ..interface import state_dtype
 from ..layers.hypernetwork import HeadLinear, Hypernetwork
 from ..mixers.hypermixing import CausalHyperMixing, HyperMixing
-from .closed import ACTIVATIONS, count, each, fan_out, total
+from .closed import ACTIVATIONS, BEFORE_0_11, count, each, fan_out, total
 from .work import Call, Count, Work
 
 # Of the kernel, for every element of a state: vector and transcendental, forward and backward.
-STATE_ACTIVATIONS = {"gelu": ((4, 1), (8, 1)), "relu": ((1, 0), (1, 0))}
+STATE_ACTIVATIONS = {"gelu": ((4, 1), (8, 1)), "relu": ((1, 0), (BEFORE_0_11, 0))}
 
 
 @count.register
