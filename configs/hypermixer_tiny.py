@@ -36,10 +36,10 @@ def get_config(variant: str = "head_rms"):
   config.model.update(VARIANTS[variant])
   config.seq_len = 512
   config.batch_size = 2
-  config.total_steps = 1200
+  config.total_steps = 1000
   config.optimizer.learning_rate = 4e-3
   config.optimizer.final_fraction = 0.05
-  config.eval.every_steps = 300
+  config.eval.every_steps = 250
   config.eval.max_tokens = 50_000
-  config.checkpoint.every_steps = 300
+  config.checkpoint.every_steps = 250
   return config
