@@ -79,11 +79,15 @@ def main(_):
             }
           )
           print({k: v for k, v in rows[-1].items() if k != "losses"}, flush=True)
-  if JSON.value:
-    where = {"jax": jax.__version__, "python": platform.python_version()}
-    where["device"] = jax.devices()[0].device_kind
-    told = {"steps": STEPS.value, "learning_rate": LEARNING_RATE, "every": EVERY, **where}
-    Path(JSON.value).write_text(json.dumps({**told, "rows": rows}, indent=1) + "\n")
+          if JSON.value:
+            write(rows)
+
+
+def write(rows: list[dict]) -> None:
+  where = {"jax": jax.__version__, "python": platform.python_version()}
+  where["device"] = jax.devices()[0].device_kind
+  told = {"steps": STEPS.value, "learning_rate": LEARNING_RATE, "every": EVERY, **where}
+  Path(JSON.value).write_text(json.dumps({**told, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
