@@ -19,7 +19,7 @@ AXES = ("data", "fsdp")
 # Name of a parameter (a regular expression, the first that is found in it) and the mesh axes of
 # its last axes. The model's width is divided, which other matrices all have.
 RULES = (
-  (r"w[12]/(input|output)/kernel$", ()),  # small, and of a head's width
+  (r"w[12]/(input|output)/kernel$", ("fsdp", None, None)),  # one matrix a head: heads are divided
   (r"embedding/embedding$", (None, "fsdp")),
   (r"output/kernel$", (None, "fsdp")),
   (r"kernel$", ("fsdp", None)),

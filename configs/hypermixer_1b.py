@@ -2,7 +2,7 @@
 
 Width, depth, vocabulary, tokens and recipe are those of `retnet_1b`. HyperMixing has few
 parameters, so that most are the feed-forward's; heads of 64, because what mixing costs on vector
-units falls with their number. A step takes 2.7 GiB a chip on 16 TPU v5e (4x4, all on the fsdp
+units falls with their number. A step takes 4.5 GiB a chip on 16 TPU v5e (4x4, all on the fsdp
 axis), by the compiler's account.
 
 python train.py --config=configs/hypermixer_1b.py --workdir=runs/hypermixer_1b
