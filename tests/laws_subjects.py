@@ -173,7 +173,7 @@ for normalizer in ("mean", "variance", "row_rms", "head_rms"):
     f"hypermixing-{normalizer}",
     hypermixing(CausalHyperMixing, normalizer=normalizer, decay="fixed", use_bias=True),
     vectors(D),
-    slow=normalizer != "head_rms",
+    slow=True,
   )
 bidirectional(
   "hypermixing-official", hypermixing(HyperMixing, position="official", tied=True), vectors(D)
