@@ -27,20 +27,18 @@ every_rms = pytest.mark.parametrize("rms", [None, "row", "head"])
 
 @functools.partial(jax.jit, static_argnames=("form", "rms", "activation"))
 def mix(arrays, reset, mask, form, rms=None, activation="gelu"):
-  w1, w2, v, log_decay, scale, state = arrays
-  return kernels.causal_hypermixing(
-    w1,
-    w2,
-    v,
-    log_decay,
-    scale=scale,
-    rms=rms,
-    activation=activation,
-    state=state,
-    reset=reset,
-    mask=mask,
-    form=form,
-    chunk_size=CHUNK,
+  operator = functools.partial(kernels.causal_hypermixing, form=form, chunk_size=CHUNK)
+  return call(operator, arrays, reset, mask, rms, activation)
+
+
+def oracle(arrays, reset, mask, rms=None, activation="gelu"):
+  return call(reference.causal_hypermixing, arrays, reset, mask, rms, activation)
+
+
+def call(operator, arrays, reset, mask, rms, activation):
+  *tokens, scale, state = arrays
+  return operator(
+    *tokens, scale=scale, rms=rms, activation=activation, state=state, reset=reset, mask=mask
   )
 
 
@@ -51,22 +49,6 @@ def numbers(seed, t):
   arrays = [rng.normal(size=shape) for shape in shapes]
   arrays[3] = -np.abs(arrays[3])
   return tuple(a.astype(jnp.bfloat16).astype(np.float64) for a in arrays)
-
-
-def oracle(arrays, reset, mask, rms=None, activation="gelu"):
-  w1, w2, v, log_decay, scale, state = arrays
-  return reference.causal_hypermixing(
-    w1,
-    w2,
-    v,
-    log_decay,
-    scale=scale,
-    rms=rms,
-    activation=activation,
-    state=state,
-    reset=reset,
-    mask=mask,
-  )
 
 
 @st.composite

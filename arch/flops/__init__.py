@@ -3,14 +3,15 @@
     python -m triform.arch.flops --config=configs/retnet_tiny.py
 
 `count` is the closed form of any module, `walk` counts a program as it is traced, `report` is the
-table of a configuration.
+table of a configuration. `attention`, `hypermixing` and `retention` register the closed forms of
+our mixers by being imported.
 """
 
 from collections.abc import Mapping
 from typing import Any
 
 from ..interface import Form
-from . import attention, hypermixing, retention  # noqa: F401, they register their closed forms
+from . import attention, hypermixing, retention
 from .closed import count
 from .memory import activation_bytes, parameter_bytes
 from .peaks import KNOWN_PEAKS, peak_flops
@@ -25,10 +26,13 @@ __all__ = [
   "Work",
   "abstract_model",
   "activation_bytes",
+  "attention",
   "count",
+  "hypermixing",
   "parameter_bytes",
   "peak_flops",
   "report",
+  "retention",
   "train_flops_per_token",
   "walk",
 ]
