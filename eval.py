@@ -3,6 +3,7 @@
 python eval.py --workdir=runs/tiny --form=recurrent --json=result.json
 python eval.py --workdir=runs/tiny --task=positions --text=book.txt --picture=result.png
 python eval.py --workdir=runs/tiny --task=generate --prompt="def main("
+python eval.py --workdir=runs/lmu_psmnist --split=validation
 """
 
 import json
@@ -15,14 +16,21 @@ from ml_collections import ConfigDict
 from triform.arch import FORMS, cli, load, stream
 from triform.arch.caches import enable_compilation_cache
 from triform.arch.loading import load_config
+from triform.arch.models.registry import find
 
 WORKDIR = flags.DEFINE_string("workdir", None, "the run, as given to train.py, or its export")
 STEP = flags.DEFINE_integer("step", None, "the checkpoint to read; default the newest")
 BEST = flags.DEFINE_bool("best", False, "read that of the lowest evaluation loss, if kept")
-TASK = flags.DEFINE_enum("task", "loss", ["loss", "positions", "generate"], "what to do")
+TASK = flags.DEFINE_enum(
+  "task",
+  None,
+  ["loss", "positions", "generate", "accuracy"],
+  "what to do; default loss, or accuracy of a classifier",
+)
 
 FORM = flags.DEFINE_enum("form", None, FORMS, "to measure: the algorithm; default eval.form")
 TEXT = flags.DEFINE_string("text", None, "to measure: a file or folder; default held-out text")
+SPLIT = flags.DEFINE_enum("split", "test", ["test", "validation"], "accuracy: on which examples")
 JSON = flags.DEFINE_string("json", None, "to measure: write the result to this file as well")
 
 WINDOW = flags.DEFINE_integer("window", None, "positions: of the sliding window; default seq_len")
@@ -37,9 +45,17 @@ TOP_P = flags.DEFINE_float("top_p", None, "generate: sample among the likeliest 
 SEED = flags.DEFINE_integer("seed", 0, "generate: the same seed gives the same text")
 flags.mark_flag_as_required("workdir")
 
+# What models are for, and the tasks for those.
+MODELS = {
+  "language": ("a language model", ("loss", "positions", "generate")),
+  "classification": ("a classifier", ("accuracy",)),
+}
+
 # The flags that only some tasks look at.
 TASKS = {
-  **dict.fromkeys(("form", "text", "json"), ("loss", "positions")),
+  **dict.fromkeys(("form", "json"), ("loss", "positions", "accuracy")),
+  **dict.fromkeys(("text",), ("loss", "positions")),
+  **dict.fromkeys(("split",), ("accuracy",)),
   **dict.fromkeys(("window", "picture"), ("positions",)),
   **dict.fromkeys(("prompt", "prompt_file", "max_new_tokens"), ("generate",)),
   **dict.fromkeys(("temperature", "top_k", "top_p", "seed"), ("generate",)),
@@ -59,12 +75,29 @@ CONFIG = cli.define_config(_workdir_config())
 
 
 def main() -> int:
-  for name, tasks in TASKS.items():
-    if flags.FLAGS[name].present and TASK.value not in tasks:
-      raise ValueError(f"--{name} is for --task={' or '.join(tasks)}, not {TASK.value}")
+  task = _task()
   if CONFIG.value.get("compilation_cache", True):
     enable_compilation_cache()
-  return {"loss": loss, "positions": positions, "generate": generate}[TASK.value]()
+  programs = {"loss": loss, "positions": positions, "generate": generate, "accuracy": accuracy}
+  return programs[task]()
+
+
+def _task() -> str:
+  """The task, for which the model and all flags that are given have to be."""
+  model = CONFIG.value.get("model", {"architecture": None})
+  kind, possible = MODELS[find(model["architecture"]).task]
+  task = possible[0] if TASK.value is None else TASK.value
+  if task not in possible:
+    raise ValueError(
+      f"--task={task} is not for {kind} such as {WORKDIR.value}, expected --task="
+      f"{' or '.join(possible)}"
+    )
+  for name, tasks in TASKS.items():
+    if flags.FLAGS[name].present and task not in tasks:
+      if others := [other for other in tasks if other in possible]:
+        raise ValueError(f"--{name} is for --task={' or '.join(others)}, not {task}")
+      raise ValueError(f"--{name} is not for {kind} such as {WORKDIR.value}")
+  return task
 
 
 def loss() -> int:
@@ -72,9 +105,20 @@ def loss() -> int:
 
   model, documents, tokenizer, options = _measured()
   result = {**evaluate(model, documents, tokenizer, **options), "form": options["form"]}
-  for name, value in result.items():
-    print(f"{name:<14}  {value:,.6g}" if isinstance(value, float) else f"{name:<14}  {value}")
-  _write(result)
+  _tell(result)
+  return 0
+
+
+def accuracy() -> int:
+  from triform.arch.evaluation import evaluate_classifier
+  from triform.arch.training.tasks.classification import load_examples
+
+  config = CONFIG.value
+  model, labels = load(WORKDIR.value, step=STEP.value, best=BEST.value, config=config)
+  examples = load_examples(config.data, labels).examples(SPLIT.value)
+  options = {"batch_size": config.eval.batch_size, "form": FORM.value or config.eval.form}
+  result = evaluate_classifier(model, examples, **options)
+  _tell({**result, "split": SPLIT.value, "form": options["form"]})
   return 0
 
 
@@ -105,6 +149,15 @@ def _measured() -> tuple:
     documents = documents_from_path(TEXT.value, tokenizer)
   options = {name: value for name, value in config.eval.items() if name != "every_steps"}
   return model, documents, tokenizer, options | {"form": FORM.value or config.eval.form}
+
+
+def _tell(result: dict) -> None:
+  """Prints a result, and writes it."""
+  for name, value in result.items():
+    values = value if isinstance(value, tuple) else (value,)
+    shown = " to ".join(f"{v:,.6g}" if isinstance(v, float) else str(v) for v in values)
+    print(f"{name:<14}  {shown}")
+  _write(result)
 
 
 def _write(result: dict) -> None:

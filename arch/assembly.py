@@ -10,14 +10,15 @@ from flax import nnx
 
 from .interface import SequenceModule
 from .layout import by_stacked_name, from_stacked, split_model, to_stacked
-from .models import build
+from .models import build, laid_out
 
 PROBLEMS_SHOWN = 12
 
 
 def expected_leaves(config: Mapping[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
   """Shape and dtype of all that a file of the model `config` holds, by name as in `arch.layout`."""
-  model = nnx.eval_shape(lambda: build({**config, "scan_layers": True}, rngs=nnx.Rngs(0)))
+  options = laid_out(config, scan_layers=True)
+  model = nnx.eval_shape(lambda: build(options, rngs=nnx.Rngs(0)))
   _, params, variables = split_model(model)
   return to_stacked({"params": params, "variables": variables})
 

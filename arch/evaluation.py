@@ -1,4 +1,6 @@
-"""Loss of a language model on documents, with its state carried from piece to piece."""
+"""How good a model is: a language model on documents, with its state carried from piece to piece,
+and a classifier on examples.
+"""
 
 import functools
 import math
@@ -10,11 +12,15 @@ import numpy as np
 from flax import nnx
 from jax.experimental import multihost_utils
 
-from .data.packing import Batch, Documents, carried_batches
+from .data.batches import Rows
+from .data.packing import Batch, Documents, carried_batches, check_positive
 from .data.tokenizers import Tokenizer
 from .interface import Form, SequenceModule
 from .layout import split_model
+from .training.losses import class_scores
 from .training.step import token_losses
+
+_NORMAL_95 = 1.959964  # standard deviations within which 95 % of a normal distribution lie
 
 
 def evaluate(
@@ -106,3 +112,68 @@ def _piece(graphdef, form, params, variables, state, batch):
   model = nnx.merge(graphdef, params, variables)
   logits, state = model(batch["inputs"], state, form=form, reset=batch["reset"], mask=batch["mask"])
   return token_losses(logits, batch), state
+
+
+def evaluate_classifier(
+  model: SequenceModule, examples: Rows, *, form: Form = "chunkwise", batch_size: int = 100
+) -> dict[str, Any]:
+  """Cross entropy and accuracy over `examples`, every one counted once.
+
+  Args:
+    model: maps `[b, t, channels]` to logits `[b, classes]`.
+    examples: rows of `inputs`, `targets`, `loss_mask` and perhaps `mask`, see
+      `training.tasks.classification.LabelledData`.
+    form: the algorithm.
+    batch_size: examples in a call.
+
+  Returns:
+    `loss` in nats per example, `accuracy`, the bounds of its 95 % confidence `interval` (see
+    `wilson_interval`), and the number of `examples`.
+
+  Raises:
+    ValueError: if there is no example, or `batch_size` is none.
+  """
+  check_positive(batch_size=batch_size)
+  if not len(examples):
+    raise ValueError("there is no example to evaluate on")
+  graphdef, params, variables = split_model(model)
+  total, right = 0.0, 0
+  for start in range(0, len(examples), batch_size):
+    batch = _padded(examples, range(start, min(start + batch_size, len(examples))), batch_size)
+    scores = _scores(graphdef, form, params, variables, batch)
+    nats, correct = multihost_utils.process_allgather(scores, tiled=True)
+    total += float(np.sum(nats, dtype=np.float64))
+    right += int(correct.sum())
+  return {
+    "loss": total / len(examples),
+    "accuracy": right / len(examples),
+    "interval": wilson_interval(right, len(examples)),
+    "examples": len(examples),
+  }
+
+
+def wilson_interval(right: int, total: int) -> tuple[float, float]:
+  """The 95 % confidence interval of a probability, of which `right` of `total` trials were seen.
+
+  Wilson's score interval, which stays within 0 and 1 and is of use at either end, too.
+  """
+  share, z = right / total, _NORMAL_95
+  scale = 1 + z**2 / total
+  middle = (share + z**2 / (2 * total)) / scale
+  half = z / scale * math.sqrt(share * (1 - share) / total + (z / (2 * total)) ** 2)
+  return middle - half, middle + half
+
+
+def _padded(examples: Rows, indices: range, batch_size: int) -> Batch:
+  """A batch of examples; rows that are missing at its end do not count, being all zeros."""
+  rows = [examples[i] for i in indices]
+  batch = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+  missing = batch_size - len(rows)
+  return {n: np.pad(a, [(0, missing)] + [(0, 0)] * (a.ndim - 1)) for n, a in batch.items()}
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _scores(graphdef, form, params, variables, batch):
+  model = nnx.merge(graphdef, params, variables)
+  logits, _ = model(batch["inputs"], form=form, mask=batch.get("mask"))
+  return class_scores(logits, batch)

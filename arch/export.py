@@ -27,7 +27,7 @@ def export(
   """
   check_replaceable(Path(to).resolve())
   run = open_workdir(Path(workdir), step, best)
-  write_folder(to, config=run.config, tensors=run.tensors, tokenizer=run.tokenizer, step=run.step)
+  write_folder(to, config=run.config, tensors=run.tensors, vocabulary=run.vocabulary, step=run.step)
   return run.step
 
 

@@ -2,7 +2,8 @@
 
     FOLDER/config.json         format version, configuration, digest of every tensor and file
     FOLDER/model.safetensors   parameters and statistics, named and stacked as in `arch.layout`
-    FOLDER/tokenizer/          what `load_tokenizer` reads
+    FOLDER/tokenizer/          of a language model
+    FOLDER/labels.json         of a classifier, in the place of a tokenizer; see `arch.vocabulary`
 
 Models of more than `tensors.SHARD_BYTES` are in several safetensors files with their index.
 Nothing here is ever unpickled.
@@ -21,10 +22,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
-from .data.tokenizers import Tokenizer, load_tokenizer
 from .models import complete
 from .tensors import Tensor, open_tensors, save_tensors
 from .training.config_json import decode_config, encode_config
+from .vocabulary import Vocabulary, load_vocabulary, save_vocabulary
 
 FORMAT, VERSION = "triform", 1
 _FIELDS = {
@@ -43,7 +44,7 @@ class Saved(NamedTuple):
   config: Mapping[str, Any]  # of the run; `model` at least
   step: int | None
   tensors: dict[str, Any]  # array-likes by name, see `arch.layout`
-  tokenizer: Tokenizer | None
+  vocabulary: Vocabulary | None
 
 
 def is_folder(path: Path) -> bool:
@@ -59,7 +60,7 @@ def write_folder(
   *,
   config: ConfigDict,
   tensors: Mapping[str, Any],
-  tokenizer: Tokenizer,
+  vocabulary: Vocabulary,
   step: int,
 ) -> None:
   """Writes an exported folder, which appears under its name only once it is whole.
@@ -68,7 +69,7 @@ def write_folder(
     folder: where to; an exported folder that is there is replaced, anything else refused.
     config: the whole configuration of the run; `config.model` is completed with the defaults.
     tensors: array-likes by name, see `arch.layout`. One file's worth is in memory at a time.
-    tokenizer: of the run.
+    vocabulary: the run's tokenizer, or the labels of a classifier.
     step: after how many steps.
 
   Raises:
@@ -86,7 +87,7 @@ def write_folder(
       partial, {name: _recorded(name, tensor, digests) for name, tensor in tensors.items()}
     )
     weights = {path.name for path in partial.iterdir()}
-    tokenizer.save(partial / "tokenizer")
+    save_vocabulary(partial, vocabulary)
     files = {}
     for path in sorted(p for p in partial.rglob("*") if p.is_file()):
       files[path.relative_to(partial).as_posix()] = {"size": path.stat().st_size} | (
@@ -128,9 +129,8 @@ def read_folder(folder: str | os.PathLike) -> Saved:
       where = "its files" if name in held else "config.json"
       raise ValueError(f"{folder}: tensor {name} is in {where} alone")
     tensors[name] = _checked(folder, name, held[name], recorded[name])
-  tokenizer = load_tokenizer(folder / "tokenizer")
   config = decode_config(description["config"])
-  return Saved(config, description["step"], tensors, tokenizer)
+  return Saved(config, description["step"], tensors, load_vocabulary(folder))
 
 
 def read_config(folder: str | os.PathLike) -> ConfigDict:

@@ -14,14 +14,14 @@ from flax import nnx
 
 from .assembly import check_leaves, expected_leaves, fill
 from .interface import SequenceModule
-from .models import build, complete
+from .models import build, complete, laid_out
 from .models.registry import find
 
 if TYPE_CHECKING:
   from ml_collections import ConfigDict
 
-  from .data.tokenizers import Tokenizer
   from .folder import Saved
+  from .vocabulary import Vocabulary
 
 
 def load(
@@ -30,8 +30,11 @@ def load(
   step: int | None = None,
   best: bool = False,
   config: Mapping[str, Any] | None = None,
-) -> tuple[SequenceModule, "Tokenizer"]:
+) -> tuple[SequenceModule, "Vocabulary"]:
   """Returns a trained model and its tokenizer, `model, tokenizer = load(path)`.
+
+  With a classifier come, instead of a tokenizer, the names of its classes, a tuple in the order of
+  its logits: `model, labels = load(path)`.
 
   `path` is an exported folder or the work directory of a run. Of a run, the newest checkpoint (or
   that of `step`, or with `best` that of the lowest evaluation loss) is read without the optimizer,
@@ -45,9 +48,9 @@ def load(
   """
   saved = _open(Path(path), step, best)
   model = saved.config["model"] if config is None else config["model"]
-  options = {**model, "scan_layers": False}
+  options = laid_out(model, scan_layers=False)
   check_leaves(path, saved.tensors, expected_leaves(options), dtypes=config is None)
-  return fill(options, saved.tensors), saved.tokenizer
+  return fill(options, saved.tensors), saved.vocabulary
 
 
 def load_config(path: str | os.PathLike) -> "ConfigDict":
@@ -63,7 +66,7 @@ class InitialParameters(NamedTuple):
   """Where a training run starts that does not start from random parameters."""
 
   leaves: dict[str, np.ndarray]  # by name as in `arch.layout`, under `params/` and `variables/`
-  tokenizer: "Tokenizer | None"  # whose ids they know; None if it did not come with them
+  vocabulary: "Vocabulary | None"  # whose ids they know; None if it did not come with them
 
 
 def initial_parameters(
@@ -81,7 +84,7 @@ def initial_parameters(
     step: of a work directory.
 
   Returns:
-    Arrays in host memory, in the dtypes that `model` has, and the tokenizer.
+    Arrays in host memory, in the dtypes that `model` has, and the tokenizer or labels.
 
   Raises:
     ValueError: as `load` does, or listing every option, name and shape that differs.
@@ -93,15 +96,15 @@ def initial_parameters(
   expected = expected_leaves(model)
   check_leaves(path, saved.tensors, expected, dtypes=False)
   leaves = {name: np.asarray(saved.tensors[name], leaf.dtype) for name, leaf in expected.items()}
-  return InitialParameters(leaves, saved.tokenizer)
+  return InitialParameters(leaves, saved.vocabulary)
 
 
 def open_workdir(workdir: Path, step: int | None = None, best: bool = False) -> "Saved":
   """What is trained of a run, in host memory; averaged parameters are called `params/...` too."""
-  from .data.tokenizers import load_tokenizer
   from .folder import Saved
   from .training import workdir as workdirs
   from .training.checkpoints import restore
+  from .vocabulary import load_vocabulary
 
   config = workdirs.load_config(workdir)
   if "model" not in config:
@@ -119,7 +122,7 @@ def open_workdir(workdir: Path, step: int | None = None, best: bool = False) -> 
 
   step, leaves = restore(workdir / ("best" if best else "checkpoints"), wanted, step)
   tensors = {name.replace("average/", "params/", 1): leaf for name, leaf in leaves.items()}
-  return Saved(config, step, tensors, load_tokenizer(workdir / "tokenizer"))
+  return Saved(config, step, tensors, load_vocabulary(workdir))
 
 
 def _open(path: Path, step: int | None, best: bool = False) -> "Saved":

@@ -39,7 +39,7 @@ def random_folder(path, **model):
   model = build(options, rngs=nnx.Rngs(0))
   params = {"params": split_model(model)[1]}
   config = ConfigDict({"model": options, "seq_len": 16})
-  write_folder(path, config=config, tensors=to_stacked(params), tokenizer=ByteTokenizer(), step=7)
+  write_folder(path, config=config, tensors=to_stacked(params), vocabulary=ByteTokenizer(), step=7)
   return model
 
 

@@ -13,10 +13,12 @@ from flax import nnx
 from triform.arch import build, flops
 from triform.arch.interface import FORMS
 from triform.arch.layout import split_model
+from triform.arch.models import laid_out
 from triform.arch.sharding import make_mesh
 from triform.arch.training.optimizer import schedule
 from triform.arch.training.program import make_program
 
+STEPS = 784  # of a sequence, where it is not the configuration that tells
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
 
 
@@ -29,7 +31,7 @@ def load_module(path):
 
 def parameters(model_config):
   """Shapes only: nothing of the model is allocated."""
-  options = {**model_config, "scan_layers": True}
+  options = laid_out(model_config, scan_layers=True)
   model = nnx.eval_shape(lambda: build(options, rngs=nnx.Rngs(0)))
   return split_model(model)[1]
 
@@ -50,7 +52,19 @@ def test_config_is_consistent(path):
   config = load_module(path).get_config()
   schedule(config.optimizer, config.total_steps)
   assert config.form in FORMS and config.eval.form in FORMS
-  assert flops.train_flops_per_token(config.model, config.seq_len, config.form) > 0
+  length = config.get("seq_len", STEPS)
+  assert flops.train_flops_per_token(config.model, length, config.form) > 0
+
+
+def batch_of(config):
+  shape = dict.fromkeys(("inputs", "targets", "loss_mask"), (config.batch_size,))
+  dtypes = {"inputs": "float32", "targets": "int32", "loss_mask": bool}
+  if "seq_len" in config:
+    dtypes |= {"inputs": "int32", "reset": bool, "mask": bool}
+    shape = dict.fromkeys(dtypes, (config.batch_size, config.seq_len))
+  else:
+    shape["inputs"] += STEPS, config.model.in_features
+  return {name: jax.ShapeDtypeStruct(shape[name], dtype) for name, dtype in dtypes.items()}
 
 
 @pytest.mark.slow
@@ -58,12 +72,9 @@ def test_config_is_consistent(path):
 def test_training_step_compiles(path):
   """From shapes alone, at the size it has: nothing is allocated."""
   config = load_module(path).get_config()
-  config.model.scan_layers = True  # as on an accelerator
+  config.model = laid_out(config.model, scan_layers=True)  # as on an accelerator
   program = make_program(config, make_mesh(config.mesh), config.total_steps)
-  shape = (config.batch_size, config.seq_len)
-  dtypes = {"inputs": "int32", "targets": "int32", "reset": bool, "mask": bool, "loss_mask": bool}
-  batch = {name: jax.ShapeDtypeStruct(shape, dtype) for name, dtype in dtypes.items()}
-  compiled = program.step.lower(program.abstract, batch, jnp.int32(0)).compile()
+  compiled = program.step.lower(program.abstract, batch_of(config), jnp.int32(0)).compile()
   state = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(program.abstract))
   assert compiled.memory_analysis().argument_size_in_bytes >= state
 

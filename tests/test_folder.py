@@ -41,7 +41,7 @@ def test_tokenizers_travel(tmp_path):
   config = ConfigDict({"model": {**MODEL, "vocab_size": 300}})
   params = {"params": split_model(build(config.model, rngs=nnx.Rngs(0)))[1]}
   write_folder(
-    tmp_path / "m", config=config, tensors=to_stacked(params), tokenizer=tokenizer, step=0
+    tmp_path / "m", config=config, tensors=to_stacked(params), vocabulary=tokenizer, step=0
   )
   _, loaded = load(tmp_path / "m")
   np.testing.assert_array_equal(loaded.encode(text), tokenizer.encode(text))

@@ -141,6 +141,8 @@ def test_a_wrong_config_is_one_line(folder, config, message):
     (["--workdir=nowhere"], "nowhere/config.json not found"),
     (["--config.eval.batch_sise=3"], "the closest is --config.eval.batch_size"),
     (["--step=7"], "expected a checkpoint of step 7"),
+    (["--task=accuracy"], "runs/retnet_tiny, expected --task=loss or positions or generate"),
+    (["--split=test"], "--split is not for a language model such as runs/retnet_tiny"),
     (["--task=generate", "--json=x"], "--json is for --task=loss or positions, not generate"),
     (["--task=generate", "--prompt_file=bad.txt"], "expected UTF-8 text in bad.txt: "),
   ],

@@ -1,9 +1,10 @@
-"""Training batches: shuffled windows of one source, or of several mixed by weight."""
+"""Training batches: shuffled rows of one source, or of several mixed by weight."""
 
 import bisect
 import math
 import sys
 from collections.abc import Generator, Sequence
+from typing import Any, Protocol
 
 import grain
 import numpy as np
@@ -44,25 +45,31 @@ class _Mixture:
     return counts
 
 
-class TrainBatches:
-  """Endless shuffled batches of packed windows.
+class Rows(Protocol):
+  """What batches are made of: dictionaries of arrays, of the same shapes in every row."""
+
+  def __len__(self) -> int: ...
+
+  def __getitem__(self, index: int) -> dict[str, Any]: ...
+
+
+class ShuffledBatches:
+  """Endless shuffled batches of rows.
 
   `batches[step]` is the batch of a step, or the rows of it that belong to `host`: arrays
-  `[batch_size / num_hosts, seq_len]`, a function of the seed, the step and the host alone, so to
+  `[batch_size / num_hosts, ...]`, a function of the seed, the step and the host alone, so to
   resume is to go on with the next step. The rows of all hosts together, in their order, are the
   batch of one host.
 
-  Every source is gone through again and again, each time in another order, and every window of it
-  comes once each time; no token is lost or repeated in between, on any number of hosts. A mixture
+  Every source is gone through again and again, each time in another order, and every row of it
+  comes once each time; none is lost or repeated in between, on any number of hosts. A mixture
   takes its rows from the sources in proportion to their weights at any time. One epoch is the
-  number of rows after which every source has been gone through: each window has then come at least
-  once, and those of sources with more weight than text more often. A batch may straddle two epochs.
+  number of rows after which every source has been gone through: each row has then come at least
+  once, and those of sources with more weight than rows more often. A batch may straddle two epochs.
 
   Args:
-    sources: the documents, or a sequence of them to mix.
+    sources: a sequence of them, to mix if there are several.
     weights: one positive number per source, of any sum; default equal ones.
-    bos_id, eos_id: see `packing`.
-    seq_len: tokens in a window. A source with fewer than that is a ValueError.
     batch_size: rows of a step on all hosts together, a multiple of `num_hosts`.
     seed: of the order.
     host, num_hosts: whose rows to give, of how many.
@@ -71,19 +78,15 @@ class TrainBatches:
 
   def __init__(
     self,
-    sources: Documents | Sequence[Documents],
+    sources: Sequence[Rows],
     *,
     weights: Sequence[float] | None = None,
-    bos_id: int,
-    eos_id: int,
-    seq_len: int,
     batch_size: int,
     seed: int,
     host: int = 0,
     num_hosts: int = 1,
     workers: int = 0,
   ):
-    sources = [sources] if isinstance(sources, Documents) else list(sources)
     weights = [1.0] * len(sources) if weights is None else list(weights)
     check_positive(batch_size=batch_size, num_hosts=num_hosts)
     if not sources or len(weights) != len(sources):
@@ -99,23 +102,12 @@ class TrainBatches:
     if workers < 0:
       raise ValueError(f"expected workers >= 0, got {workers}")
 
-    windows = [
-      PackedWindows(documents, bos_id=bos_id, eos_id=eos_id, seq_len=seq_len)
-      for documents in sources
-    ]
-    for documents in sources:
-      length = len(documents.tokens) + len(documents)
-      if length < seq_len:
-        raise ValueError(
-          f"the text to train on has {length} tokens, expected at least one sequence: "
-          f"seq_len is {seq_len}"
-        )
     self._batch_size, self._workers = batch_size, workers
-    self._rows_per_epoch = _rows_per_epoch(_Mixture(weights), [len(w) for w in windows])
+    self._rows_per_epoch = _rows_per_epoch(_Mixture(weights), [len(s) for s in sources])
 
     shuffled = [
-      grain.MapDataset.source(w).seed((seed + i) % 2**32).shuffle().repeat()
-      for i, w in enumerate(windows)
+      grain.MapDataset.source(s).seed((seed + i) % 2**32).shuffle().repeat()
+      for i, s in enumerate(sources)
     ]
     rows = shuffled[0]
     if len(sources) > 1:
@@ -132,7 +124,7 @@ class TrainBatches:
 
     `close()` ends its threads or processes; so does the end of this process, however it comes.
     """
-    # Three threads and as many batches ahead: a window costs little beside a training step.
+    # Three threads and as many batches ahead: a row costs little beside a training step.
     reading = grain.ReadOptions(num_threads=3, prefetch_buffer_size=3)
     dataset = self._batches[step:].to_iter_dataset(reading)
     if self._workers:
@@ -153,6 +145,40 @@ class TrainBatches:
     if not 0 < epochs < math.inf:
       raise ValueError(f"expected a positive number of epochs, got {epochs}")
     return math.ceil(epochs * self._rows_per_epoch / self._batch_size)
+
+
+class TrainBatches(ShuffledBatches):
+  """Shuffled batches of packed windows, arrays `[batch_size / num_hosts, seq_len]`.
+
+  Args:
+    sources: the documents, or a sequence of them to mix.
+    bos_id, eos_id: see `packing`.
+    seq_len: tokens in a window. A source with fewer than that is a ValueError.
+    options: the other arguments of `ShuffledBatches`.
+  """
+
+  def __init__(
+    self,
+    sources: Documents | Sequence[Documents],
+    *,
+    bos_id: int,
+    eos_id: int,
+    seq_len: int,
+    **options: Any,
+  ):
+    sources = [sources] if isinstance(sources, Documents) else list(sources)
+    windows = [
+      PackedWindows(documents, bos_id=bos_id, eos_id=eos_id, seq_len=seq_len)
+      for documents in sources
+    ]
+    for documents in sources:
+      length = len(documents.tokens) + len(documents)
+      if length < seq_len:
+        raise ValueError(
+          f"the text to train on has {length} tokens, expected at least one sequence: "
+          f"seq_len is {seq_len}"
+        )
+    super().__init__(windows, **options)
 
 
 def _rows_per_epoch(mixture: _Mixture, lengths: Sequence[int]) -> int:

@@ -39,6 +39,13 @@ def complete(config: Mapping[str, Any]) -> dict[str, Any]:
   return {"architecture": config["architecture"], **settings}
 
 
+def laid_out(config: Mapping[str, Any], *, scan_layers: bool) -> dict[str, Any]:
+  """`config` with its layers scanned or unrolled, where the architecture has that option."""
+  model, options = _resolve(config)
+  choice = {"scan_layers": scan_layers} if "scan_layers" in _parameters(model) else {}
+  return {"architecture": config["architecture"], **options, **choice}
+
+
 def fields(config: Mapping[str, Any]) -> dict[str, Any]:
   """As `complete`, where an option without a value is a placeholder that takes its type."""
   model, _ = _resolve(config)
@@ -52,16 +59,20 @@ def fields(config: Mapping[str, Any]) -> dict[str, Any]:
   return settings
 
 
-def _defaults(model: type[SequenceModule]) -> dict[str, Any]:
+def _parameters(model: type[SequenceModule]) -> dict[str, inspect.Parameter]:
   parameters = inspect.signature(model.__init__).parameters
-  return {n: p.default for n, p in parameters.items() if p.default is not p.empty}
+  return {name: p for name, p in parameters.items() if name not in ("self", "rngs")}
+
+
+def _defaults(model: type[SequenceModule]) -> dict[str, Any]:
+  return {n: p.default for n, p in _parameters(model).items() if p.default is not p.empty}
 
 
 def _resolve(config: Mapping[str, Any]) -> tuple[type[SequenceModule], dict[str, Any]]:
   options = dict(config)
   architecture = options.pop("architecture", None)
   model = find(architecture).model
-  known = set(inspect.signature(model.__init__).parameters) - {"self", "rngs"}
+  known = set(_parameters(model))
   for name in sorted(set(options) - known):
     guess = closest(name, sorted(known))
     hint = f"did you mean {guess!r}?" if guess else f"it has {', '.join(sorted(known))}"

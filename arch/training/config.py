@@ -1,5 +1,7 @@
 """The configuration every file in `configs/` starts from."""
 
+from typing import Any
+
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
@@ -11,39 +13,28 @@ def default_config(**model) -> ConfigDict:
   """All fields of a run with their defaults.
 
   `model` names the architecture and its options; those it leaves out are added, so that they can be
-  overridden.
+  overridden. What the architecture is trained for decides which fields there are.
   """
+  options = fields(model)
+  architecture = find(model["architecture"])
+  task = {"language": _language, "classification": _classification}[architecture.task]()
+  evaluation = task.pop("eval")
   return ConfigDict(
     {
-      "model": fields(model),
-      "data": {
-        "name": "python_stdlib",  # the corpus, unless one of the next three is given
-        "path": placeholder(str),  # a file or folder of text; .jsonl and .gz as well
-        "tfds": placeholder(str),  # a TFDS text data set, such as lm1b or c4/en
-        "mixture": placeholder(str),  # such as tfds:pg19=0.7,path:~/notes=0.3, shares of the tokens
-        "split": placeholder(str),  # of TFDS sets, such as train[:1%]; default train
-        "validation": placeholder(str),  # a path or a TFDS split; default see load_text
-        "text_field": placeholder(str),  # of records; default found by rule
-        "prompt_field": placeholder(str),  # of records; prompts are read, not trained on
-        "workers": 0,  # processes that read batches ahead; 0: threads
-        "tokenizer": "sentencepiece",  # or "bytes"
-        "dir": placeholder(str),  # prepared data; default see arch/caches.py
-      },
+      "model": options,
+      **task,
       "init_from": placeholder(str),  # start from a run, an exported folder or published weights
       "seed": 0,  # of parameters, data order and dropout
-      "seq_len": 512,  # tokens in a training window
-      "batch_size": 8,  # windows in a step, over all devices
+      "batch_size": 8,  # windows, or examples, in a step, over all devices
       "accumulate": 1,  # parts a step's batch is computed in, one after another
       "form": "chunkwise",  # algorithm of the training step
       "total_steps": 1000,  # or, if given, what takes its place:
-      "total_tokens": placeholder(int),
       "total_epochs": placeholder(float),
       "log_every_steps": 10,
-      "z_loss": 0.0,  # weight of the squared log-partition function
       "average_decay": placeholder(float),  # of an average of the parameters, which then is used
       "mesh": "fsdp=-1",  # devices, as in data=2,fsdp=4; -1 is all the rest
       # Parameter names (regular expressions) and mesh axes.
-      "sharding_rules": find(model["architecture"]).sharding_rules,
+      "sharding_rules": architecture.sharding_rules,
       "optimizer": {
         "name": "adamw",  # or lion, adafactor
         "learning_rate": 1e-3,  # at its peak
@@ -62,9 +53,7 @@ def default_config(**model) -> ConfigDict:
       "eval": {
         "form": "chunkwise",
         "every_steps": 500,  # and at the last step
-        "max_tokens": placeholder(int),  # of the held-out documents; default all
-        "seq_len": 512,  # tokens in a piece; the state is carried from piece to piece
-        "batch_size": 16,  # rows the held-out text is cut into
+        **evaluation,
       },
       "checkpoint": {
         "every_steps": 500,  # and at the last step
@@ -75,3 +64,47 @@ def default_config(**model) -> ConfigDict:
       "peak_flops": placeholder(float),  # FLOP/s of a device, for MFU; default known or measured
     }
   )
+
+
+def _language() -> dict[str, Any]:
+  """What only language models have."""
+  return {
+    "data": {
+      "name": "python_stdlib",  # the corpus, unless one of the next three is given
+      "path": placeholder(str),  # a file or folder of text; .jsonl and .gz as well
+      "tfds": placeholder(str),  # a TFDS text data set, such as lm1b or c4/en
+      "mixture": placeholder(str),  # such as tfds:pg19=0.7,path:~/notes=0.3, shares of the tokens
+      "split": placeholder(str),  # of TFDS sets, such as train[:1%]; default train
+      "validation": placeholder(str),  # a path or a TFDS split; default see load_text
+      "text_field": placeholder(str),  # of records; default found by rule
+      "prompt_field": placeholder(str),  # of records; prompts are read, not trained on
+      "workers": 0,  # processes that read batches ahead; 0: threads
+      "tokenizer": "sentencepiece",  # or "bytes"
+      "dir": placeholder(str),  # prepared data; default see arch/caches.py
+    },
+    "seq_len": 512,  # tokens in a training window
+    "total_tokens": placeholder(int),  # in the place of total_steps
+    "z_loss": 0.0,  # weight of the squared log-partition function
+    "eval": {
+      "max_tokens": placeholder(int),  # of the held-out documents; default all
+      "seq_len": 512,  # tokens in a piece; the state is carried from piece to piece
+      "batch_size": 16,  # rows the held-out text is cut into
+    },
+  }
+
+
+def _classification() -> dict[str, Any]:
+  """What only classifiers of sequences have."""
+  return {
+    "data": {
+      "name": "mnist",
+      "path": placeholder(str),  # the folder with the data set's files
+      "held_out": 5000,  # examples at the end of those to train on that are evaluated on instead
+      "permutation_seed": placeholder(int),  # of the order of the pixels; default row by row
+      "workers": 0,  # processes that read batches ahead; 0: threads
+    },
+    "label_smoothing": 0.0,  # share of the targets that is divided among all classes
+    "eval": {
+      "batch_size": 100,
+    },
+  }

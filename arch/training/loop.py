@@ -15,13 +15,11 @@ from ml_collections import ConfigDict
 
 from .. import flops, hosts
 from ..caches import enable_compilation_cache
-from ..data.text import TextData, load_text
-from ..data.tokenizers import load_tokenizer
-from ..evaluation import bits_per_byte, evaluate
 from ..interface import FORMS
 from ..layout import to_stacked
 from ..loading import InitialParameters, initial_parameters
 from ..sharding import make_mesh
+from ..vocabulary import load_vocabulary, save_vocabulary
 from . import workdir as workdirs
 from .best import Best
 from .checkpoints import Checkpoints, has_checkpoint
@@ -31,6 +29,7 @@ from .optimizer import schedule
 from .profile import Profiler
 from .program import make_program
 from .signals import stop_signals
+from .tasks import Task, task_of
 
 _POSITIVE = (
   "seq_len",
@@ -84,21 +83,12 @@ def _train(config: ConfigDict, workdir: Path, profile: bool) -> bool:
     enable_compilation_cache()
   with hosts.together():
     mesh = make_mesh(config.mesh)
-    data, initial = _read(config, workdir)
-    batches = data.batches(
-      seq_len=config.seq_len,
-      batch_size=config.batch_size,
-      seed=config.seed,
-      host=jax.process_index(),
-      num_hosts=jax.process_count(),
-      workers=config.data.workers,
-    )
+    task, initial = _read(config, workdir)
+    batches = task.batches(jax.process_index(), jax.process_count())
     total_steps = count_steps(config, batches.steps)
     program = make_program(config, mesh, total_steps)
-    meter = _Meter(config, workdir, total_steps, mesh, data.tokenizer.token_bytes)
-  documents = (*data.train, data.validation)
-  sizes = [(len(part.tokens), len(part)) for part in documents]
-  hosts.check_same("the text, or its tokenizer,", f"{data.tokenizer.fingerprint} {sizes}")
+    meter = _Meter(config, workdir, total_steps, mesh, task)
+  hosts.check_same(*task.identity)
 
   with (
     Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep) as checkpoints,
@@ -118,7 +108,7 @@ def _train(config: ConfigDict, workdir: Path, profile: bool) -> bool:
     with hosts.together():
       if first:  # and only now: a run that was mistyped must not keep the work directory for itself
         changes = workdirs.prepare(workdir, config)
-        data.tokenizer.save(workdir / "tokenizer")
+        save_vocabulary(workdir, task.vocabulary)
         workdirs.write_parameter_table(workdir, program.abstract.params)
         if restored is not None:
           print(f"resuming {workdir} from step {start}", *changes, sep="\n  ", flush=True)
@@ -134,10 +124,8 @@ def _train(config: ConfigDict, workdir: Path, profile: bool) -> bool:
     ):
 
       def validate(step: int):
-        options = {k: v for k, v in config.eval.items() if k != "every_steps"}
-        result = evaluate(program.model(state), data.validation, data.tokenizer, **options)
-        names = ("loss", "perplexity", "bits_per_byte")
-        writer.write(step, {f"eval_{name}": result[name] for name in names})
+        result = task.evaluate(program.model(state))
+        writer.write(step, {f"eval_{name}": result[name] for name in task.evaluated})
         best.offer(step, result["loss"], state)
 
       batch = next(upcoming)
@@ -169,24 +157,19 @@ def _train(config: ConfigDict, workdir: Path, profile: bool) -> bool:
   return step == total_steps
 
 
-def _read(config: ConfigDict, workdir: Path) -> tuple[TextData, InitialParameters | None]:
-  """The text of a run, and the parameters that it starts from, unless these are random or its own.
+def _read(config: ConfigDict, workdir: Path) -> tuple[Task, InitialParameters | None]:
+  """The task of a run, and the parameters that it starts from, unless these are random or its own.
 
   A resumed run keeps its tokenizer, even where the corpus has changed with the Python version;
   one that starts from another's parameters keeps the ids they know.
   """
-  tokenizer, initial = None, None
+  vocabulary, initial = None, None
   if has_checkpoint(workdir / "checkpoints"):
-    tokenizer = load_tokenizer(workdir / "tokenizer")
+    vocabulary = load_vocabulary(workdir)
   elif config.init_from is not None:
     initial = initial_parameters(config.init_from, config.model)
-    tokenizer = initial.tokenizer
-    if tokenizer is None and config.data.tokenizer != "bytes":
-      raise ValueError(
-        f"{config.init_from} has parameters but no tokenizer, whose ids they know: expected its "
-        "tokenizer.model beside them, or data.tokenizer=bytes"
-      )
-  return load_text(config.data, config.model.vocab_size, tokenizer), initial
+    vocabulary = initial.vocabulary
+  return task_of(config.model.architecture)(config, vocabulary), initial
 
 
 def _stops(config: ConfigDict, step: int, asked: bool) -> bool:
@@ -198,10 +181,11 @@ def _stops(config: ConfigDict, step: int, asked: bool) -> bool:
 
 def count_steps(config: ConfigDict, steps_of_epochs: Callable[[float], int]) -> int:
   """The steps of a run: by `total_tokens` or `total_epochs` if given, else `total_steps`."""
-  if config.total_tokens is not None and config.total_epochs is not None:
+  total_tokens = config.get("total_tokens")  # only texts have
+  if total_tokens is not None and config.total_epochs is not None:
     raise ValueError("total_tokens and total_epochs are both given, expected at most one")
-  if config.total_tokens is not None:
-    return max(math.ceil(config.total_tokens / (config.batch_size * config.seq_len)), 1)
+  if total_tokens is not None:
+    return max(math.ceil(total_tokens / (config.batch_size * config.seq_len)), 1)
   if config.total_epochs is not None:
     return steps_of_epochs(config.total_epochs)
   return config.total_steps
@@ -210,20 +194,13 @@ def count_steps(config: ConfigDict, steps_of_epochs: Callable[[float], int]) -> 
 class _Meter:
   """Reads metrics of finished steps, checks them, and turns them into rates."""
 
-  def __init__(
-    self,
-    config: ConfigDict,
-    workdir: Path,
-    total_steps: int,
-    mesh: Mesh,
-    token_bytes: np.ndarray,
-  ):
-    self._config, self._workdir, self._token_bytes = config, workdir, token_bytes
+  def __init__(self, config: ConfigDict, workdir: Path, total_steps: int, mesh: Mesh, task: Task):
+    self._config, self._workdir, self._task = config, workdir, task
     self._total_steps = total_steps
     self._schedule = schedule(config.optimizer, total_steps)
-    self._flops_per_token = flops.train_flops_per_token(config.model, config.seq_len, config.form)
+    self._flops_per_unit = task.flops_per_unit()
     self._peak = (config.peak_flops or flops.peak_flops(mesh.local_devices[0])) * mesh.size
-    self._tokens, self._since = 0, None
+    self._units, self._since = 0, None
 
   def read(self, writer: MetricWriter, step: int, batch: dict, metrics: dict):
     metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
@@ -234,26 +211,23 @@ class _Meter:
     if self._since is None:  # the first step compiles
       self._since = now
     else:
-      self._tokens += batch["inputs"].size * jax.process_count()
+      self._units += batch["targets"].size * jax.process_count()
     if step % self._config.log_every_steps and step != self._total_steps:
       return
-    text_bytes = int(self._token_bytes[batch["targets"]][batch["loss_mask"]].sum())
-    text_bytes = hosts.total(text_bytes)
     record = {
-      "loss": metrics["loss"],
-      "bits_per_byte": bits_per_byte(metrics["total_loss"], text_bytes),
+      **self._task.measures(batch, metrics),
       "learning_rate": float(self._schedule(step - 1)),
       "gradient_norm": metrics["gradient_norm"],
     }
-    if self._tokens:
-      rate = self._tokens / (now - self._since)
-      achieved = rate * self._flops_per_token
+    if self._units:
+      rate = self._units / (now - self._since)
+      achieved = rate * self._flops_per_unit
       record |= {
-        "tokens_per_second": rate,
+        f"{self._task.unit}_per_second": rate,
         "model_flops_per_second": achieved,
         "mfu": achieved / self._peak,
       }
-      self._tokens, self._since = 0, now
+      self._units, self._since = 0, now
     writer.write(step, record)
 
   @contextlib.contextmanager
@@ -283,7 +257,7 @@ class _Meter:
 def _check(config: ConfigDict) -> None:
   fields = flatten(config)
   for name in _POSITIVE:
-    if fields[name] < 1:
+    if name in fields and fields[name] < 1:  # each task has its own
       raise ValueError(f"{name} is {fields[name]}, expected at least 1")
   for name in ("form", "eval.form"):
     if fields[name] not in FORMS:

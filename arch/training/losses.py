@@ -1,13 +1,79 @@
-"""Cross entropy in pieces, so that the logits of a batch never exist at once."""
+"""What a training step lessens: a batch's cross entropy, of next tokens or of classes.
+
+A loss is `loss(model, batch, *, form, rngs) -> (objective, sums)`: what gradients are taken of, and
+what is reported, `loss` (the cross entropy, in nats) at least. All are sums over the batch's
+`loss_mask`, which the training step divides by the number of its true elements. Of tokens, cross
+entropy is computed in pieces, so that the logits of a batch never exist at once.
+"""
 
 import functools
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from ..interface import Form, SequenceModule
+
+Batch = dict[str, jax.Array]
+Sums = tuple[jax.Array, dict[str, jax.Array]]  # the objective, and what is reported
 
 # Logits of one piece on one device: 256 MB in float32.
 MAX_LOGITS = 2**26
+
+
+def next_token_loss(
+  model: SequenceModule,
+  batch: Batch,
+  *,
+  form: Form,
+  rngs: nnx.Rngs,
+  z_loss: float = 0.0,
+  pieces: int = 1,
+) -> Sums:
+  """Of a language model on a batch of `data.packing`; see `cross_entropy`."""
+  features, _ = model.encode(
+    batch["inputs"], form=form, reset=batch["reset"], mask=batch["mask"], rngs=rngs
+  )
+  targets, mask = batch["targets"], batch["loss_mask"]
+  objective, nats = cross_entropy(
+    model.read_out, features, targets, mask, z_loss=z_loss, pieces=pieces
+  )
+  return objective, {"loss": nats}
+
+
+def class_loss(
+  model: SequenceModule,
+  batch: Batch,
+  *,
+  form: Form,
+  rngs: nnx.Rngs,
+  label_smoothing: float = 0.0,
+) -> Sums:
+  """Of a classifier on sequences `inputs` `[b, t, channels]` of the classes `targets` `[b]`.
+
+  A `mask` `[b, t]` in the batch tells padding within sequences, `loss_mask` `[b]` rows that count.
+  The objective is the cross entropy with targets of which `label_smoothing` is divided among all
+  classes (arXiv 1512.00567, section 7). `accuracy` is reported too.
+  """
+  logits, _ = model(batch["inputs"], form=form, mask=batch.get("mask"), rngs=rngs)
+  nats, correct = class_scores(logits, batch)
+  objective = nats
+  if label_smoothing:
+    uniform = jnp.where(batch["loss_mask"], -jax.nn.log_softmax(logits).mean(axis=-1), 0)
+    objective = (1 - label_smoothing) * nats + label_smoothing * uniform
+  return objective.sum(), {"loss": nats.sum(), "accuracy": correct.sum().astype(nats.dtype)}
+
+
+def class_scores(logits: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
+  """Cross entropy in nats, and whether the likeliest class is the target, of rows that count.
+
+  Of logits `[b, classes]` both are `[b]`; 0 and false where the batch's `loss_mask` is false.
+  """
+  nats = optax.softmax_cross_entropy_with_integer_labels(logits, batch["targets"])
+  correct = jnp.argmax(logits, axis=-1) == batch["targets"]
+  return jnp.where(batch["loss_mask"], nats, 0), correct & batch["loss_mask"]
 
 
 def cross_entropy(

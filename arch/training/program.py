@@ -17,9 +17,9 @@ from ..interface import SequenceModule
 from ..layout import from_stacked, split_model, to_stacked
 from ..models import build
 from ..sharding import batch_sharding, shard_state
-from .losses import count_pieces
 from .optimizer import optimizer
 from .step import TrainState, make_train_step
+from .tasks import task_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,11 +104,8 @@ def make_program(
     update,
     form=config.form,
     seed=config.seed,
+    loss=task_of(config.model.architecture).loss(config, devices),
     accumulate=config.accumulate,
-    z_loss=config.z_loss,
-    loss_pieces=count_pieces(
-      config.batch_size // config.accumulate, config.seq_len, config.model.vocab_size, devices
-    ),
     average_decay=config.average_decay,
   )
   shapes = jax.eval_shape(lambda: begin(*make()))

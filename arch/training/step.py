@@ -9,7 +9,7 @@ import optax
 from flax import nnx
 
 from ..layout import split_model
-from .losses import cross_entropy
+from .losses import Sums, next_token_loss
 
 
 class TrainState(NamedTuple):
@@ -33,72 +33,64 @@ def make_train_step(
   *,
   form: str,
   seed: int,
+  loss: Callable[..., Sums] = next_token_loss,
   accumulate: int = 1,
-  z_loss: float = 0.0,
-  loss_pieces: int = 1,
   average_decay: float | None = None,
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
   """`step_fn(state, batch, step) -> (state, metrics)`.
 
-  The loss is the mean over the tokens in the batch's `loss_mask`, whether the batch is computed
-  at once or in `accumulate` parts one after another (rows `i, i + accumulate, ...` in part `i`,
-  so that every device has rows in each). Randomness is `fold_in(key(seed), step)`, so that a step
-  depends on nothing but its arguments. Metrics tell whether loss and update were `finite`.
+  `loss` is one of `losses`. It is the mean over what counts in the batch's `loss_mask`, whether the
+  batch is computed at once or in `accumulate` parts one after another (rows `i, i + accumulate`
+  and so on in part `i`, so that every device has rows in each). Randomness is
+  `fold_in(key(seed), step)`: a step depends on nothing but its arguments. Metrics are the means of
+  what the loss reports, `total_loss`, `gradient_norm`, and whether loss and update were `finite`.
   """
 
   def loss_fn(params, variables, batch, key):
     model = nnx.merge(graphdef, params, variables)
-    features, _ = model.encode(
-      batch["inputs"], form=form, reset=batch["reset"], mask=batch["mask"], rngs=nnx.Rngs(key)
-    )
-    objective, nats = cross_entropy(
-      model.read_out,
-      features,
-      batch["targets"],
-      batch["loss_mask"],
-      z_loss=z_loss,
-      pieces=loss_pieces,
-    )
-    return objective, (nats, split_model(model)[2])
+    objective, sums = loss(model, batch, form=form, rngs=nnx.Rngs(key))
+    return objective, (sums, split_model(model)[2])
 
   gradient_fn = jax.grad(loss_fn, has_aux=True)
 
   def accumulated(params, variables, batch, key):
-    """Sums over the batch: gradients, and cross entropy; and the variables after it."""
+    """Sums over the batch: gradients, and what is reported; and the variables after it."""
 
     def add(carry, part):
-      sums, variables = carry
+      total, variables = carry
       i, rows = part
-      gradients, (nats, variables) = gradient_fn(
+      gradients, (sums, variables) = gradient_fn(
         params, variables, rows, jax.random.fold_in(key, i)
       )
-      return (jax.tree.map(jnp.add, sums, (gradients, nats)), variables), None
+      return (jax.tree.map(jnp.add, total, (gradients, sums)), variables), None
 
     if accumulate == 1:
-      gradients, (nats, variables) = gradient_fn(params, variables, batch, key)
-      return gradients, nats, variables
+      gradients, (sums, variables) = gradient_fn(params, variables, batch, key)
+      return gradients, sums, variables
     parts = jax.tree.map(
       lambda a: jnp.swapaxes(a.reshape(-1, accumulate, *a.shape[1:]), 0, 1), batch
     )
-    zeros = jax.tree.map(jnp.zeros_like, params), jnp.zeros((), jnp.float32)
-    (sums, variables), _ = jax.lax.scan(add, (zeros, variables), (jnp.arange(accumulate), parts))
-    return *sums, variables
+    first = jax.tree.map(lambda a: a[0], parts)
+    gradients, (sums, _) = jax.eval_shape(gradient_fn, params, variables, first, key)
+    zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), (gradients, sums))
+    (total, variables), _ = jax.lax.scan(add, (zeros, variables), (jnp.arange(accumulate), parts))
+    return *total, variables
 
   def train_step(state: TrainState, batch: dict[str, jax.Array], step: jax.Array):
     key = jax.random.fold_in(jax.random.key(seed), step)
-    gradients, nats, variables = accumulated(state.params, state.variables, batch, key)
-    tokens = jnp.maximum(batch["loss_mask"].sum(), 1)
-    gradients = jax.tree.map(lambda g: g / tokens, gradients)
+    gradients, sums, variables = accumulated(state.params, state.variables, batch, key)
+    count = jnp.maximum(batch["loss_mask"].sum(), 1)
+    gradients = jax.tree.map(lambda g: g / count, gradients)
     updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
     params = optax.apply_updates(state.params, updates)
     average = None
     if average_decay is not None:
       average = optax.incremental_update(params, state.average, 1 - average_decay)
     metrics = {
-      "loss": nats / tokens,
-      "total_loss": nats,
+      **{name: value / count for name, value in sums.items()},
+      "total_loss": sums["loss"],
       "gradient_norm": optax.tree.norm(gradients),
-      "finite": jnp.isfinite(nats) & jnp.isfinite(optax.tree.norm(updates)),
+      "finite": jnp.isfinite(sums["loss"]) & jnp.isfinite(optax.tree.norm(updates)),
     }
     return TrainState(params, variables, optimizer_state, average), metrics
 

@@ -33,7 +33,8 @@ from .config_json import decode_config, encode_config, flatten
 _FIXED = frozenset(
   f"data.{name}"
   for name in (
-    "name", "path", "tfds", "mixture", "split", "text_field", "prompt_field", "tokenizer"
+    "name", "path", "tfds", "mixture", "split", "text_field", "prompt_field", "tokenizer",
+    "held_out", "permutation_seed",
   )
 )  # fmt: skip
 _LOCK = "lock"

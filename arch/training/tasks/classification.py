@@ -1,0 +1,102 @@
+"""Classification: which of some classes a whole sequence is of."""
+
+import functools
+from collections.abc import Mapping
+from typing import Any, Literal, Protocol
+
+from ml_collections import ConfigDict
+
+from ... import flops
+from ...data.batches import Rows, ShuffledBatches
+from ...data.mnist import Mnist
+from ...evaluation import evaluate_classifier
+from ..losses import class_loss
+from .task import Task
+
+_DATA_SETS = {"mnist": Mnist}
+
+
+class LabelledData(Protocol):
+  """Sequences with their classes.
+
+  A row of `examples` is `inputs` `[t, channels]`, `targets`, the number of its class, `loss_mask`,
+  true, and where sequences are padded `mask` `[t]`.
+
+  Attributes:
+    labels: the names of the classes, in their order.
+    length: steps of a sequence.
+  """
+
+  labels: tuple[str, ...]
+  length: int
+
+  def examples(self, split: Literal["train", "validation", "test"]) -> Rows: ...
+
+
+def load_examples(config: Mapping[str, Any], labels: tuple[str, ...] | None = None) -> LabelledData:
+  """The data set that the `data` section of a configuration names.
+
+  Args:
+    config: `name` of the data set; the rest are its arguments, but for `workers`.
+    labels: the classes that a trained model knows.
+
+  Raises:
+    ValueError: if there is no such data set, what it is read from is not as expected, or it has
+      other classes.
+  """
+  options = {key: value for key, value in config.items() if key not in ("name", "workers")}
+  if config["name"] not in _DATA_SETS:
+    known = ", ".join(_DATA_SETS)
+    raise ValueError(f"data.name is {config['name']!r}, expected one of {known}")
+  data = _DATA_SETS[config["name"]](**options)
+  if labels not in (None, data.labels):
+    raise ValueError(
+      f"the model knows the classes {', '.join(labels)}, expected those of the data, "
+      f"{', '.join(data.labels)}"
+    )
+  return data
+
+
+class Classification(Task):
+  """The data is `LabelledData`; what is kept beside the model are the labels."""
+
+  unit = "examples"
+  evaluated = ("loss", "accuracy")
+
+  def __init__(self, config, vocabulary=None):
+    self._config = config
+    self._data = load_examples(config.data, vocabulary)
+    self.vocabulary = self._data.labels
+    if config.model.num_classes != len(self.vocabulary):
+      raise ValueError(
+        f"model.num_classes is {config.model.num_classes}, expected that of {config.data.name}, "
+        f"{len(self.vocabulary)}"
+      )
+    self._train, self._validation = map(self._data.examples, ("train", "validation"))
+    sizes = len(self._train), len(self._validation)
+    self.identity = "the data", f"{self.vocabulary} {sizes}"
+
+  @staticmethod
+  def loss(config: ConfigDict, devices: int):
+    return functools.partial(class_loss, label_smoothing=config.label_smoothing)
+
+  def batches(self, host, num_hosts):
+    return ShuffledBatches(
+      [self._train],
+      batch_size=self._config.batch_size,
+      seed=self._config.seed,
+      host=host,
+      num_hosts=num_hosts,
+      workers=self._config.data.workers,
+    )
+
+  def flops_per_unit(self):
+    config, length = self._config, self._data.length
+    return flops.train_flops_per_token(config.model, length, config.form) * length
+
+  def measures(self, batch, metrics):
+    return {name: metrics[name] for name in self.evaluated}
+
+  def evaluate(self, model):
+    options = {k: v for k, v in self._config.eval.items() if k != "every_steps"}
+    return evaluate_classifier(model, self._validation, **options)
