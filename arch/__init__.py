@@ -14,12 +14,15 @@ from .interface import FORMS, SequenceModule, put_rows, state_bytes, take_rows
 from .loading import load
 from .mixers.attention import Attention, MultiDConvHeadAttention
 from .mixers.hypermixing import CausalHyperMixing, HyperMixing, HyperMixingState
+from .mixers.lmu import LMU, LMUState
 from .mixers.retention import Retention, RetentionState
 from .models import build
 from .models.classifier import Classifier
 from .models.hybrid import Hybrid
 from .models.hypermixer import HyperMixer, HyperMixerClassifier
 from .models.language_model import LanguageModel
+from .models.lmu import LMUClassifier, LMULanguageModel
+from .models.lmuformer import LMUFormer
 from .models.primer import Primer
 from .models.retnet import RetNet
 from .models.stack import Block, PatternStack, Stack
@@ -27,6 +30,7 @@ from .models.transformer import Transformer, TransformerPlusPlus
 
 __all__ = [
   "FORMS",
+  "LMU",
   "Attention",
   "Block",
   "CausalHyperMixing",
@@ -36,6 +40,10 @@ __all__ = [
   "HyperMixerClassifier",
   "HyperMixing",
   "HyperMixingState",
+  "LMUClassifier",
+  "LMUFormer",
+  "LMULanguageModel",
+  "LMUState",
   "LanguageModel",
   "MultiDConvHeadAttention",
   "PatternStack",

@@ -37,6 +37,7 @@ __all__ = [
   "check_call",
   "copy_traits",
   "put_rows",
+  "restart_rows",
   "state_bytes",
   "state_dtype",
   "take_rows",
@@ -55,6 +56,9 @@ class SequenceModule(nnx.Module):
   """A mixer, a block, a stack or a whole model: `y, state = module(x, state, form=...)`."""
 
   causal: bool = True
+  lookahead: int = (
+    0  # tokens that an answer waits for, of a model that is not causal but has a state
+  )
   state_is_constant: bool = True
   max_len: int | None = None  # tokens of a document that a state has room for; None: any number
 
@@ -95,6 +99,7 @@ class SequenceModule(nnx.Module):
 def copy_traits(module: SequenceModule, *parts: SequenceModule) -> None:
   """Gives a module what can be said of all its parts."""
   module.causal = all(part.causal for part in parts)
+  module.lookahead = sum(part.lookahead for part in parts)
   module.state_is_constant = all(part.state_is_constant for part in parts)
   module.max_len = min((part.max_len for part in parts if part.max_len is not None), default=None)
 
@@ -136,6 +141,17 @@ def put_rows(state: State, index: jax.Array, rows: State) -> State:
     return jnp.asarray(a).at[(slice(None),) * axis + (index,)].set(new)
 
   return _map_rows(put, state, rows)
+
+
+def restart_rows(state: State, first: State, rows: jax.Array) -> State:
+  """`state` with the `rows` `bool[b]` as they are in `first`."""
+
+  def choose(axis, a, new):
+    shape = [1] * jnp.ndim(a)
+    shape[axis] = -1
+    return jnp.where(rows.reshape(shape), new, a)
+
+  return _map_rows(choose, state, first)
 
 
 def _map_rows(f, *states: State) -> State:

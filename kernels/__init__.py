@@ -6,8 +6,10 @@ Axis letters, everywhere: `b` batch, `t` time, `h` heads, `g` key/value heads, `
 
 from .attention import KVCache, attention, new_cache, relative_buckets
 from .checks import FORMS, Form
-from .depthwise_conv import causal_depthwise_conv
+from .convolution import causal_depthwise_conv, causal_shifts
 from .hypermixing import activate, causal_hypermixing
+from .lif import SURROGATES, lif
+from .lmu import lmu
 from .positions import decayed_count, token_positions
 from .retention import head_norm, retention
 from .rotary import rotary_phase, rotary_steps, rotate
@@ -15,14 +17,18 @@ from .sinusoid import sinusoid
 
 __all__ = [
   "FORMS",
+  "SURROGATES",
   "Form",
   "KVCache",
   "activate",
   "attention",
   "causal_depthwise_conv",
   "causal_hypermixing",
+  "causal_shifts",
   "decayed_count",
   "head_norm",
+  "lif",
+  "lmu",
   "new_cache",
   "relative_buckets",
   "retention",

@@ -1,32 +1,30 @@
-"""Causal depthwise convolution over time, with the inputs it still needs carried between calls."""
+"""Causal convolution over time, with the inputs it still needs carried between calls."""
 
 import jax
 import jax.numpy as jnp
 
 
-@jax.named_scope("convolution")
-def causal_depthwise_conv(
+def causal_shifts(
   x: jax.Array,  # [b, t, d]
-  taps: jax.Array,  # [n, d]
+  before: int,
   *,
-  tail: jax.Array | None = None,  # [b, n - 1, d]
+  tail: jax.Array | None = None,  # [b, before, d]
   reset: jax.Array | None = None,  # bool[b, t]
   mask: jax.Array | None = None,  # bool[b, t]
-) -> tuple[jax.Array, jax.Array]:  # [b, t, d], [b, n - 1, d]
-  """`y_i = sum_s taps_s x_{i-s}` within a document, which zeros precede.
+) -> tuple[list[jax.Array], jax.Array]:  # before + 1 times [b, t, d], [b, before, d]
+  """`x_{i-s}` for s from 0 to `before`, within a document, which zeros precede.
 
   Args:
     x: inputs.
-    taps: weights by distance, that of the token itself first.
+    before: how far back.
     tail: the last inputs of the document before this call, newest last; zeros if `None`.
     reset: true at the first token of a document.
-    mask: false at padding: taps count real tokens only. The output there is unspecified.
+    mask: false at padding: only real tokens are counted back. The output there is unspecified.
 
   Returns:
-    Outputs in the dtype of `x`, summed in at least float32, and the tail to carry on with.
+    The shifted inputs, and the tail to carry on with.
   """
   b, t, d = x.shape
-  before = taps.shape[0] - 1
   if tail is None:
     tail = jnp.zeros((b, before, d), x.dtype)
   # The inputs one after another without padding; `count` real ones up to each token.
@@ -45,20 +43,39 @@ def causal_depthwise_conv(
   def inside(count, first):
     return ((first == 0) | (count >= first))[..., None]
 
-  dtype = jnp.promote_types(x.dtype, jnp.float32)
-  y = jnp.zeros(x.shape, dtype)
+  shifts = []
   for s in range(before + 1):
     if mask is None:
       shifted = inputs[:, before - s : before - s + t]
     else:
       shifted = _take(inputs, jnp.maximum(before + count - 1 - s, 0))
-    shifted = jnp.where(inside(count - s, first), shifted, 0)
-    y += taps[s].astype(dtype)[None, None] * shifted.astype(dtype)
+    shifts.append(jnp.where(inside(count - s, first), shifted, 0))
 
   after = count[:, -1:] + jnp.arange(before)[None]
   new = _take(inputs, after)
   new = jnp.where(inside(after - before + 1, first[:, -1:]), new, 0)
-  return y.astype(x.dtype), new.astype(tail.dtype)
+  return shifts, new.astype(tail.dtype)
+
+
+@jax.named_scope("convolution")
+def causal_depthwise_conv(
+  x: jax.Array,  # [b, t, d]
+  taps: jax.Array,  # [n, d]
+  *,
+  tail: jax.Array | None = None,  # [b, n - 1, d]
+  reset: jax.Array | None = None,  # bool[b, t]
+  mask: jax.Array | None = None,  # bool[b, t]
+) -> tuple[jax.Array, jax.Array]:  # [b, t, d], [b, n - 1, d]
+  """`y_i = sum_s taps_s x_{i-s}` within a document; `taps` has that of the token itself first.
+
+  Others as in `causal_shifts`. Outputs are in the dtype of `x`, summed in at least float32.
+  """
+  shifts, tail = causal_shifts(x, taps.shape[0] - 1, tail=tail, reset=reset, mask=mask)
+  dtype = jnp.promote_types(x.dtype, jnp.float32)
+  y = jnp.zeros(x.shape, dtype)
+  for tap, shifted in zip(taps, shifts, strict=True):
+    y += tap.astype(dtype)[None, None] * shifted.astype(dtype)
+  return y.astype(x.dtype), tail
 
 
 def _take(x, index):  # [b, t, d], int[b, n] -> [b, n, d]

@@ -5,7 +5,7 @@ from typing import NamedTuple
 API, XLA, POSITIONS = "kernels/retention/api.py", "kernels/retention/xla.py", "kernels/positions.py"
 RUNS = "kernels/runs.py"
 MIXER, STACK = "arch/mixers/retention.py", "arch/models/stack.py"
-ATTENTION, CONV = "kernels/attention/forms.py", "kernels/depthwise_conv.py"
+ATTENTION, CONV = "kernels/attention/forms.py", "kernels/convolution.py"
 PACKING = "arch/data/packing.py"
 LAWS, KERNELS = "tests/test_laws.py", "tests/test_kernels_retention.py"
 ATTENTION_KERNELS = "tests/test_kernels_attention.py"
@@ -320,8 +320,8 @@ FAULTS = [
     "a convolution reaches into the document before",
     "packing",
     CONV,
-    "shifted = jnp.where(inside(count - s, first), shifted, 0)",
-    "pass",
+    "shifts.append(jnp.where(inside(count - s, first), shifted, 0))",
+    "shifts.append(shifted)",
     ATTENTION_MIXERS,
     "no_document_is_in_the_convolution",
   ),
@@ -359,7 +359,7 @@ FAULTS = [
     CONV,
     "jnp.argsort(~mask, axis=1, stable=True)",
     "jnp.broadcast_to(jnp.arange(t), mask.shape)",
-    "tests/test_kernels_depthwise_conv.py",
+    "tests/test_kernels_convolution.py",
     "is_the_loop and mask",
   ),
   Fault(

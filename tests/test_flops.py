@@ -19,8 +19,12 @@ from triform.arch.interface import FORMS
 from triform.arch.models.registry import ARCHITECTURES
 from triform.arch.training.config import default_config
 
-# Every architecture as it is small, and what else its count depends on.
-NAMES = [name for name, known in ARCHITECTURES.items() if "triform" in known.model.__module__]
+# Every language model as it is small, and what else its count depends on.
+NAMES = [
+  name
+  for name, known in ARCHITECTURES.items()
+  if "triform" in known.model.__module__ and known.task == "language"
+]
 VARIANTS = {
   "transformer-rotary": {"position": "rotary", "activation": "gelu", "num_kv_heads": 1},
   "transformer-gated": {"gated": True, "norm": "rms", "position": "none", "window": 5},

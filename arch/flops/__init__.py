@@ -3,15 +3,15 @@
     python -m triform.arch.flops --config=configs/retnet_tiny.py
 
 `count` is the closed form of any module, `walk` counts a program as it is traced, `report` is the
-table of a configuration. `attention`, `hypermixing` and `retention` register the closed forms of
-our mixers by being imported.
+table of a configuration. `attention`, `hypermixing`, `lmu` and `retention` register the closed
+forms of our mixers by being imported.
 """
 
 from collections.abc import Mapping
 from typing import Any
 
 from ..interface import Form
-from . import attention, hypermixing, retention
+from . import attention, hypermixing, lmu, retention
 from .closed import count
 from .memory import activation_bytes, parameter_bytes
 from .peaks import KNOWN_PEAKS, peak_flops
@@ -29,6 +29,7 @@ __all__ = [
   "attention",
   "count",
   "hypermixing",
+  "lmu",
   "parameter_bytes",
   "peak_flops",
   "report",
@@ -42,7 +43,8 @@ def train_flops_per_token(config: Mapping[str, Any], length: int, form: Form) ->
   """Operations of a training step per token in products, forward and backward.
 
   Causal products count by what causality leaves, and recomputation is no work of the model. This is
-  what utilisation of the hardware (MFU) is measured by.
+  what utilisation of the hardware (MFU) is measured by. A classifier's tokens are the steps of its
+  sequence, of which there are `length`.
   """
   call = Call(length, form, training=True, causal=True)
   counted = count(abstract_model(config), call)

@@ -173,7 +173,7 @@ def _(model: LanguageModel, call: Call) -> Count:
 @count.register
 def _(model: Classifier, call: Call) -> Count:
   """Without a loss: what the gradients of given logits take."""
-  t, d, classes = call.length, model.embedding.features, model.head.out_features
+  t, d, classes = call.length, model.d_model, model.head.out_features
   embedded = Count(Work(vector=t * d), Work(vector=2 * t * d))
   mean = Count(Work(vector=t * d + d), Work(vector=d))
   head = Count(Work(logits=2 * d * classes, vector=classes), Work(logits=4 * d * classes))

@@ -10,7 +10,8 @@ from ml_collections import ConfigDict
 
 from ..interface import SequenceModule, state_bytes
 from ..layout import split_model
-from ..models import build
+from ..models import build, laid_out
+from ..models.registry import find
 from .closed import count
 from .memory import activation_bytes, parameter_bytes
 from .work import Call
@@ -31,7 +32,7 @@ WIDTH = 16
 
 def abstract_model(config: Mapping[str, Any]) -> SequenceModule:
   """The model of a configuration's `model` section without values, its layers as one."""
-  options = {**config, "scan_layers": True}
+  options = laid_out(config, scan_layers=True)
   return nnx.eval_shape(lambda: build(options, rngs=nnx.Rngs(0)))
 
 
@@ -58,7 +59,13 @@ def report(config: ConfigDict) -> dict[str, Any]:
     each of the last three with `forward`, and in training `backward` and `recompute`, by kind.
     A model that knows how many tokens a second of audio has, as `tokens_per_second`, has
     `tokens_per_second` and `flops_per_second_of_audio` too.
+
+  Raises:
+    ValueError: if the model is no language model.
   """
+  name = config.model.architecture
+  if find(name).task != "language":
+    raise ValueError(f"{name} is a classifier: expected a language model, whose tokens are counted")
   model = abstract_model(config.model)
   length = config.seq_len
   calls = {

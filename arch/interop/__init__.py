@@ -3,8 +3,9 @@
 `load_fla(path)` reads a Hugging Face model of flash-linear-attention; `from_torchscale(config,
 params)` and `from_fla(config, params)` take the source's own option names and state dict (as
 NumPy arrays) and return a `RetNet`; `from_primer(config, params)` takes mesh-TensorFlow's variables
-and returns a `Primer`; `from_idiap` and `from_speechbrain` return a HyperMixing layer. They are
-called like any other model:
+and returns a `Primer`; `from_idiap` and `from_speechbrain` return a HyperMixing layer,
+`from_keras_lmu` an LMU, and `from_lmuformer` an LMUFormer or its cell. They are called like any
+other model:
 
     logits, state = load_fla("retnet-1.3B-100B")(ids, form="chunkwise")
 
@@ -17,6 +18,8 @@ sequence, so that one library goes on where the other stopped.
 from .fla import from_fla, state_from_fla, state_to_fla, to_fla
 from .huggingface import load_fla, save_fla
 from .hypermixing import from_idiap, from_speechbrain, to_idiap, to_speechbrain
+from .lmu import from_keras_lmu, to_keras_lmu
+from .lmuformer import from_lmuformer, to_lmuformer
 from .primer import from_primer, to_primer
 from .torchscale import (
   from_torchscale,
@@ -28,6 +31,8 @@ from .torchscale import (
 __all__ = [
   "from_fla",
   "from_idiap",
+  "from_keras_lmu",
+  "from_lmuformer",
   "from_primer",
   "from_speechbrain",
   "from_torchscale",
@@ -39,6 +44,8 @@ __all__ = [
   "state_to_torchscale",
   "to_fla",
   "to_idiap",
+  "to_keras_lmu",
+  "to_lmuformer",
   "to_primer",
   "to_speechbrain",
   "to_torchscale",

@@ -21,7 +21,6 @@ class Weight(NamedTuple):
 
   target: str  # path in our model, see `arch.layout`
   shape: tuple[int, ...]  # in the checkpoint
-  # Both transpose, whatever else they do: PyTorch keeps linear layers as (out, in), Flax (in, out).
   convert: Callable[[np.ndarray], np.ndarray] | None = None
   revert: Callable[[np.ndarray], np.ndarray] | None = None
 
@@ -95,8 +94,8 @@ def convert(params: Mapping[str, Any], table: Table) -> dict[str, Tensor]:
 
 def revert(model: SequenceModule, table: Table) -> dict[str, Tensor]:
   """The inverse of `convert`: the parameters of a model by their names in the checkpoint."""
-  _, params, _ = split_model(model)
-  leaves = by_stacked_name({"params": params})
+  _, params, variables = split_model(model)
+  leaves = by_stacked_name({"params": params, "variables": variables})
   tensors = {name: _reverted(w, leaves[w.target]) for name, w in table.weights.items()}
   for i in range(table.num_layers):
     for name, weight in table.layer_weights.items():
@@ -107,8 +106,7 @@ def revert(model: SequenceModule, table: Table) -> dict[str, Tensor]:
 def _converted(weight: Weight, array: Any) -> Tensor:
   if weight.convert is None:
     return Tensor(weight.shape, array.dtype, lambda: np.asarray(array))
-  *stack, rows, columns = weight.shape
-  shape = (*stack, columns, rows)
+  shape = weight.convert(np.broadcast_to(np.zeros((), array.dtype), weight.shape)).shape
   return Tensor(shape, array.dtype, lambda: weight.convert(np.asarray(array)))
 
 

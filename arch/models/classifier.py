@@ -1,78 +1,203 @@
-"""The classifier of whole sequences that an encoder's blocks fill."""
+"""The classifier of sequences that every architecture fills with its own blocks."""
 
-from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from ..interface import SequenceModule, check_call, copy_traits, state_dtype
+from triform import kernels
+
+from ..interface import SequenceModule, State, check_call, copy_traits, restart_rows, state_dtype
 from ..layers.linear import Linear
-from .stack import Stack
+
+
+class ClassifierState(NamedTuple):
+  """States of the parts, and the sum of features of the current document and its tokens."""
+
+  stem: State
+  stack: State
+  neuron: State
+  total: jax.Array  # [b, d], in at least float32
+  count: jax.Array  # uint32[b], tokens heard
+
+
+class TokenEmbedding(SequenceModule):
+  """Token ids `[b, t]` to `scale` times the rows of a table, `[b, t, d]`."""
+
+  def __init__(self, vocab_size: int, d_model: int, *, scale: float, dtype, param_dtype, rngs):
+    self.scale = scale
+    self.embedding = nnx.Embed(
+      vocab_size,
+      d_model,
+      embedding_init=nnx.initializers.normal(d_model**-0.5),
+      dtype=dtype,
+      param_dtype=param_dtype,
+      rngs=rngs,
+    )
+
+  def init_state(self, batch_size, *, max_len=None):
+    return ()
+
+  def __call__(self, ids, state=None, *, form="parallel", reset=None, mask=None, rngs=None):
+    x = self.embedding(jnp.asarray(ids))
+    return x * jnp.asarray(self.scale, x.dtype), ()
 
 
 class Classifier(SequenceModule):
-  """Token ids to logits of classes: embedding, a stack of blocks, a norm, the mean, a linear layer.
+  """Sequences to logits of classes: a stem, a stack of blocks, a norm, the mean, a linear layer.
 
-  `logits, state = model(ids, mask=mask)` with ids `[b, t]` and logits `[b, classes]` in at least
-  float32. The mean is of real tokens; a row without any gives the bias of the linear layer.
+  `logits, state = model(x, state, mask=mask)` with logits `[b, classes]`, in at least float32, of
+  all that was heard of the current document, this call's tokens and those of calls before. It has
+  one answer to a call: in a row with a `reset`, the one about what stands from the last one on.
+
+  With a stem that looks ahead, a call answers as if its last token were the last of all: the stem
+  and the stack are run past the end, and the state is from before that. `encode` alone does not,
+  and `read_out(state)` gives the logits when they are wanted, so that a stream of short pieces need
+  not pay for an answer to each. A stack that sees whole sequences has no state, `()`.
+
+  Args:
+    stem: inputs to features `[b, t, d]`; one with `lookahead` takes `frames` and `ahead`, see
+      `ConvStem`.
+    stack: of blocks, which take `ahead` if the stem looks ahead.
+    norm: of features, token by token, or `None`.
+    neuron: a `SequenceModule` behind it, or `None`.
+    num_classes: of the linear layer `head`.
   """
 
   def __init__(
     self,
-    make_block: Callable[[nnx.Rngs], SequenceModule],
+    stem: SequenceModule,
+    stack: SequenceModule,
     *,
-    vocab_size: int,
-    num_classes: int,
+    norm: nnx.Module | None = None,
+    neuron: SequenceModule | None = None,
     d_model: int,
-    num_layers: int,
-    norm: nnx.Module,
-    scan_layers: bool | None = None,
-    remat: str = "none",
+    num_classes: int,
+    kernel_init: Any = None,
     dtype: Any = None,
     param_dtype: Any = jnp.float32,
     rngs: nnx.Rngs,
   ):
-    dtypes = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-    self.embedding_scale = d_model**0.5
-    self.embedding = nnx.Embed(
-      vocab_size, d_model, embedding_init=nnx.initializers.normal(d_model**-0.5), **dtypes
+    self.d_model = d_model
+    self.stem, self.stack = stem, stack
+    self.norm, self.neuron = norm, neuron
+    copy_traits(self, stem, stack)
+    self.head = Linear(
+      d_model,
+      num_classes,
+      use_bias=True,
+      kernel_init=kernel_init or nnx.initializers.lecun_normal(),
+      dtype=dtype,
+      param_dtype=param_dtype,
+      rngs=rngs,
     )
-    scan = jax.default_backend() != "cpu" if scan_layers is None else scan_layers
-    self.stack = Stack(make_block, num_layers, scan=scan, remat=remat, rngs=rngs)
-    copy_traits(self, self.stack)
-    if self.causal:
-      raise NotImplementedError(
-        "Classifier takes the mean of a whole sequence, which no state carries; expected blocks "
-        "that see whole sequences too, such as of HyperMixing"
-      )
-    self.norm = norm
-    self.head = Linear(d_model, num_classes, use_bias=True, **dtypes)
 
   def init_state(self, batch_size, *, max_len=None):
-    return self.stack.init_state(batch_size, max_len=max_len)
+    if self._sees_all():
+      return ()
+    dtype = state_dtype(self.head.dtype or self.head.param_dtype)
+    return ClassifierState(
+      self.stem.init_state(batch_size),
+      self.stack.init_state(batch_size, max_len=max_len),
+      () if self.neuron is None else self.neuron.init_state(batch_size),
+      jnp.zeros((batch_size, self.d_model), dtype),
+      jnp.zeros(batch_size, jnp.uint32),
+    )
 
-  def encode(self, ids, state=None, *, form="parallel", reset=None, mask=None, rngs=None):
-    """Token ids to the features `[b, t, d]` of every token, and the state."""
-    check_call(ids, form, reset, mask)
-    x = self.embedding(jnp.asarray(ids))
-    x = x * jnp.asarray(self.embedding_scale, x.dtype)
-    x, state = self.stack(x, state, form=form, reset=reset, mask=mask, rngs=rngs)
-    return self.norm(x), state
+  def encode(self, x, state=None, *, form="parallel", reset=None, mask=None, rngs=None):
+    """Inputs to the features `[b, t, d]` that are averaged, and the state.
+
+    With look-ahead n, the features at a token are those of the one n before it in its document,
+    unspecified at the first n; `flush` has the last ones.
+    """
+    check_call(x, form, reset, mask)
+    features, _, state = self._run(x, state, form, reset, mask, rngs, 0)
+    return features, state
+
+  def flush(self, state: ClassifierState) -> jax.Array:  # [b, lookahead, d]
+    """The features of the last tokens, if nothing follows. Of fewer tokens, the first are void."""
+    return self._run(None, state, "recurrent", None, None, None, self.lookahead)[0]
+
+  def read_out(self, state: ClassifierState) -> jax.Array:  # [b, classes]
+    """Logits of all that was heard."""
+    if self._sees_all():
+      raise NotImplementedError(
+        f"{type(self).__name__} sees whole sequences and keeps no state to read out; call it"
+      )
+    if not self.lookahead:
+      return self._logits(state.total, state.count)
+    return self._run(None, state, "recurrent", None, None, None, self.lookahead)[1]
+
+  def __call__(self, x, state=None, *, form="parallel", reset=None, mask=None, rngs=None):
+    check_call(x, form, reset, mask)
+    _, logits, state = self._run(x, state, form, reset, mask, rngs, self.lookahead)
+    return logits, state
+
+  def _sees_all(self) -> bool:
+    return not self.causal and not self.lookahead
+
+  def _run(self, x, state, form, reset, mask, rngs, ahead):
+    """Features, logits and the state after a piece, which is followed by `ahead` tokens of none."""
+    if self._sees_all():
+      return self._run_whole(x, state, form, reset, mask, rngs)
+    first = self.init_state(len(state.count) if x is None else x.shape[0])
+    state = first if state is None else state
+    if x is None:
+      x = jnp.zeros((len(state.count), 0, self.stem.in_features), first.total.dtype)
+    (b, t), given = x.shape[:2], mask
+    mask = jnp.ones((b, t), bool) if mask is None else jnp.asarray(mask)
+    current = mask
+    if reset is not None:
+      begins = jnp.asarray(reset) & mask
+      last = jnp.max(jnp.where(begins, jnp.arange(t)[None], -1), axis=1)
+      current = mask & (jnp.arange(t)[None] >= last[:, None])
+      state = state._replace(
+        **restart_rows({"total": state.total}, {"total": first.total}, last >= 0)
+      )
+      if self.lookahead:  # of a document that has ended nothing is asked any more
+        state = restart_rows(state, first, last >= 0)
+        mask, given, reset = current, current, None
+    count = state.count
+    if t:
+      _, count = kernels.token_positions(count, reset, mask, t)
+    options = {}
+    if self.lookahead:
+      given = jnp.pad(mask, ((0, 0), (0, ahead)), constant_values=True)
+      current = jnp.pad(current, ((0, 0), (0, ahead)), constant_values=True)
+      x = jnp.pad(jnp.asarray(x), ((0, 0), (0, ahead), *[(0, 0)] * (x.ndim - 2)))
+      index, _ = kernels.token_positions(state.count, None, given, t + ahead)
+      options = {"ahead": ahead}
+    keywords = {"form": form, "reset": reset, "rngs": rngs, **options}
+    of_stem = {"frames": (index, count)} if self.lookahead else {}
+    x, stem = self.stem(x, state.stem, mask=given, **keywords, **of_stem)
+    if self.lookahead:
+      given = given & (index >= self.lookahead)
+      current = current & given
+    x, stack = self.stack(x, state.stack, mask=given, **keywords)
+    if self.norm is not None:
+      x = self.norm(x)
+    neuron = ()
+    if self.neuron is not None:
+      x, neuron = self.neuron(x, state.neuron, mask=given, **keywords)
+    summed = jnp.where(current[..., None], x, 0).astype(state.total.dtype)
+    total = state.total + summed[:, :t].sum(axis=1)
+    logits = self._logits(total + summed[:, t:].sum(axis=1), count)
+    return x, logits, ClassifierState(stem, stack, neuron, total, count)
+
+  def _run_whole(self, x, state, form, reset, mask, rngs):
+    keywords = {"form": form, "reset": reset, "mask": mask, "rngs": rngs}
+    x, _ = self.stem(x, None, **keywords)
+    x, _ = self.stack(x, state, **keywords)
+    if self.norm is not None:
+      x = self.norm(x)
+    total = x if mask is None else jnp.where(jnp.asarray(mask)[..., None], x, 0)
+    total = total.astype(state_dtype(x.dtype)).sum(axis=1)
+    count = jnp.full(len(x), x.shape[1]) if mask is None else jnp.asarray(mask).sum(axis=1)
+    return x, self._logits(total, count), ()
 
   @jax.named_scope("logits")
-  def read_out(self, features: jax.Array, mask: jax.Array | None = None) -> jax.Array:
-    """Features `[b, t, d]` to logits `[b, classes]`."""
-    dtype = state_dtype(features.dtype)
-    if mask is None:
-      mean = jnp.mean(features.astype(dtype), axis=1)
-    else:
-      real = jnp.asarray(mask)
-      total = jnp.sum(jnp.where(real[..., None], features.astype(dtype), 0), axis=1)
-      mean = total / jnp.maximum(real.sum(axis=1), 1).astype(dtype)[:, None]
-    return self.head(mean.astype(features.dtype)).astype(dtype)
-
-  def __call__(self, ids, state=None, *, form="parallel", reset=None, mask=None, rngs=None):
-    features, state = self.encode(ids, state, form=form, reset=reset, mask=mask, rngs=rngs)
-    return self.read_out(features, mask), state
+  def _logits(self, total, count):
+    """Of the mean; without tokens, the bias of the linear layer."""
+    mean = total / jnp.maximum(count, 1).astype(total.dtype)[:, None]
+    return self.head(mean.astype(self.head.dtype or mean.dtype)).astype(total.dtype)

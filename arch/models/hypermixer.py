@@ -3,6 +3,7 @@
 import functools
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
@@ -11,10 +12,10 @@ from triform.kernels.hypermixing import Activation
 from ..layers.feed_forward import FeedForward
 from ..layers.hypernetwork import HypernetworkInit
 from ..mixers.hypermixing import CausalHyperMixing, Decay, HyperMixing, Normalizer, Position
-from .classifier import Classifier
+from .classifier import Classifier, TokenEmbedding
 from .language_model import LanguageModel
 from .registry import register
-from .stack import Block
+from .stack import Block, Stack
 from .transformer import make_norm
 
 SMALL = {
@@ -149,17 +150,17 @@ class HyperMixerClassifier(Classifier):
         rngs=rngs,
       )
 
+    make_block = functools.partial(
+      _make_block, make_mixer, d_model, ffn_dim, activation, eps=eps, dropout=dropout, **dtypes
+    )
+    stem = TokenEmbedding(vocab_size, d_model, scale=d_model**0.5, **dtypes, rngs=rngs)
+    scan = jax.default_backend() != "cpu" if scan_layers is None else scan_layers
     super().__init__(
-      functools.partial(
-        _make_block, make_mixer, d_model, ffn_dim, activation, eps=eps, dropout=dropout, **dtypes
-      ),
-      vocab_size=vocab_size,
-      num_classes=num_classes,
-      d_model=d_model,
-      num_layers=num_layers,
+      stem,
+      Stack(make_block, num_layers, scan=scan, remat=remat, rngs=rngs),
       norm=make_norm("layer", d_model, eps=eps, **dtypes, rngs=rngs),
-      scan_layers=scan_layers,
-      remat=remat,
+      d_model=d_model,
+      num_classes=num_classes,
       **dtypes,
       rngs=rngs,
     )

@@ -1,0 +1,28 @@
+"""Answers about tokens that a state does not keep."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+def answer_ahead(
+  call: Callable[..., tuple[jax.Array, Any]],
+  ahead: int,
+  state: Any,
+  *tokens: jax.Array | None,  # [b, t, ...]
+) -> tuple[jax.Array, Any]:
+  """`y, state = call(state, *tokens)`, but with the state before the last `ahead` tokens.
+
+  A model with look-ahead tells what it would answer if nothing more came, and goes on from before.
+  """
+  kept = max(a.shape[1] for a in tokens if a is not None) - ahead
+  if not ahead:
+    return call(state, *tokens)
+  outputs = []
+  if kept:
+    y, state = call(state, *(None if a is None else a[:, :kept] for a in tokens))
+    outputs.append(y)
+  y, _ = call(state, *(None if a is None else a[:, kept:] for a in tokens))
+  return jnp.concatenate([*outputs, y], axis=1), state

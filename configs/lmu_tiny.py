@@ -1,0 +1,32 @@
+"""A Legendre-memory language model on the source of Python's standard library, for a laptop.
+
+python train.py --config=configs/lmu_tiny.py
+"""
+
+from triform.arch.training.config import default_config
+
+
+def get_config():
+  config = default_config(
+    architecture="lmu",
+    vocab_size=2048,
+    d_model=160,
+    num_layers=4,
+    order=8,
+    theta=32.0,
+    channels=40,
+    ffn_dim=572,
+    tie_embeddings=True,
+    chunk_size=32,
+    dtype="float32",
+    scan_layers=False,
+  )
+  config.seq_len = 512
+  config.batch_size = 2
+  config.total_steps = 1500
+  config.optimizer.learning_rate = 4e-3
+  config.optimizer.final_fraction = 0.05
+  config.eval.every_steps = 250
+  config.eval.max_tokens = 50_000
+  config.checkpoint.every_steps = 250
+  return config
