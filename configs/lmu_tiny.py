@@ -12,10 +12,10 @@ def get_config():
     vocab_size=2048,
     d_model=160,
     num_layers=4,
-    order=8,
-    theta=32.0,
-    channels=40,
-    ffn_dim=572,
+    order=4,
+    theta=16.0,
+    channels=80,
+    ffn_dim=560,
     tie_embeddings=True,
     chunk_size=32,
     dtype="float32",
@@ -23,7 +23,7 @@ def get_config():
   )
   config.seq_len = 512
   config.batch_size = 2
-  config.total_steps = 1500
+  config.total_steps = 1900
   config.optimizer.learning_rate = 4e-3
   config.optimizer.final_fraction = 0.05
   config.eval.every_steps = 250

@@ -11,11 +11,12 @@ LAWS, KERNELS = "tests/test_laws.py", "tests/test_kernels_retention.py"
 ATTENTION_KERNELS = "tests/test_kernels_attention.py"
 ATTENTION_MIXERS = "tests/test_mixers_attention.py"
 HYPERMIXING, HYPERMIXER = "kernels/hypermixing/xla.py", "arch/mixers/hypermixing.py"
+LMU, LMU_KERNELS = "kernels/lmu/xla.py", "tests/test_kernels_lmu.py"
 
 
 class Fault(NamedTuple):
   name: str
-  kind: str  # retention, attention, hypermixing, positions, packing, padding or training
+  kind: str  # retention, attention, hypermixing, lmu, positions, packing, padding or training
   file: str
   old: str
   new: str
@@ -415,5 +416,59 @@ FAULTS = [
     "return HyperMixingState(total.kv + added, total.position)",
     "tests/test_mixers_hypermixing.py",
     "two_passes",
+  ),
+  Fault(
+    "the impulse response begins a token late",
+    "lmu",
+    "kernels/lmu/tables.py",
+    "orbit = _orbit(abar, start, length + 1, np.concatenate)",
+    "orbit = _orbit(abar, abar @ start, length + 1, np.concatenate)",
+    LMU_KERNELS,
+    "any_length and gemm",
+  ),
+  Fault(
+    "theta's gradient lacks what is by Bbar",
+    "lmu",
+    "kernels/lmu/tables.py",
+    "    return orbit[:-1] - orbit[1:]",
+    "    return jax.lax.stop_gradient(orbit[:-1] - orbit[1:])",
+    LMU_KERNELS,
+    "adjoint and recurrent",
+  ),
+  Fault(
+    "padding counts as tokens of the memory",
+    "lmu",
+    "kernels/lmu/api.py",
+    "return u, begins, count[:, -1], jnp.maximum(count - 1, 0)",
+    "return u, begins, jnp.full_like(count[:, -1], mask.shape[1]), jnp.maximum(count - 1, 0)",
+    LMU_KERNELS,
+    "oracle and memory-zoh-recurrent",
+  ),
+  Fault(
+    "the memory before a chunk is a token too young",
+    "lmu",
+    LMU,
+    "powers = tables.powers(c)[1:]",
+    "powers = tables.powers(c)[:-1]",
+    LMU_KERNELS,
+    "oracle and memory-zoh-chunkwise",
+  ),
+  Fault(
+    "a memory by FFT wraps around",
+    "lmu",
+    LMU,
+    "length = scipy.fft.next_fast_len(2 * t - 1, real=True)\n  spectrum = (",
+    "length = scipy.fft.next_fast_len(t, real=True)\n  spectrum = (",
+    LMU_KERNELS,
+    "later_input and memory-fft",
+  ),
+  Fault(
+    "the state is that after the tokens ahead",
+    "lmu",
+    "arch/layers/ahead.py",
+    "y, _ = call(state, *(None if a is None else a[:, kept:] for a in tokens))",
+    "y, state = call(state, *(None if a is None else a[:, kept:] for a in tokens))",
+    "tests/test_mixers_lmu.py",
+    "ahead and published",
   ),
 ]

@@ -43,6 +43,8 @@ class Subject:
       dictionary); `inputs` must then be `distinct_ids` of at least `BATCH * LENGTH`.
     trains: it has dropout or batch statistics, so that the laws of training apply.
     causal: it goes on from a state; otherwise it sees whole sequences.
+    spikes: its outputs jump where rounding moves a potential over its threshold, so that in narrow
+      dtypes only the laws hold that are about the same bits.
     slow: its tests are marked so: another subject stands for its architecture in the quick suite.
     oracle: `oracle(variables, x, state, reset, mask) -> (y, state)` in float64 NumPy, if there is
       one; `variables` is a pure dictionary.
@@ -54,6 +56,7 @@ class Subject:
   table: Callable[[dict], np.ndarray] | None = None
   trains: bool = False
   causal: bool = True
+  spikes: bool = False
   slow: bool = False
   oracle: Callable | None = None
 

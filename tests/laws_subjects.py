@@ -2,6 +2,7 @@
 
 import functools
 
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from laws_bench import SUBJECTS, distinct_ids, register, vectors
@@ -18,8 +19,11 @@ from triform.arch import (
   SequenceModule,
   Stack,
 )
+from triform.arch.layers.batch_norm import BatchNorm
 from triform.arch.layers.feed_forward import GatedFeedForward
+from triform.arch.mixers.lmu import LMU
 from triform.arch.mixers.retention import log_decays, rotary_angles
+from triform.arch.models.lmuformer import LMUFormer
 from triform.arch.models.registry import ARCHITECTURES
 from triform.kernels import rotary_steps
 from triform.kernels.retention import reference
@@ -125,6 +129,66 @@ class Bidirectional(SequenceModule):
     return self.module(x, state, form=form, mask=mask, rngs=rngs)
 
 
+class Recurrent(SequenceModule):
+  """A module that has no form but the recurrent one."""
+
+  def __init__(self, module):
+    self.module = module
+
+  def init_state(self, batch_size, *, max_len=None):
+    return self.module.init_state(batch_size)
+
+  def __call__(self, x, state=None, *, form="parallel", reset=None, mask=None, rngs=None):
+    return self.module(x, state, form="recurrent", reset=reset, mask=mask, rngs=rngs)
+
+
+class Encoder(SequenceModule):
+  """What a classifier takes the mean of."""
+
+  def __init__(self, model):
+    self.model = model
+
+  def init_state(self, batch_size, *, max_len=None):
+    return self.model.init_state(batch_size)
+
+  def __call__(self, x, state=None, **options):
+    return self.model.encode(x, state, **options)
+
+
+def voelker(dtype, param_dtype, rngs):
+  """The unit of Voelker et al. (NeurIPS 2019)."""
+  dtypes = {"dtype": dtype, "param_dtype": param_dtype}
+  return Recurrent(
+    LMU(
+      D,
+      order=4,
+      theta=6.0,
+      hidden_cell=functools.partial(nnx.SimpleCell, hidden_features=D, **dtypes),
+      input_activation="linear",
+      hidden_to_memory=True,
+      memory_to_memory=True,
+      use_bias=False,
+      **dtypes,
+      rngs=rngs,
+    )
+  )
+
+
+def lmuformer(**options):
+  sizes = {"in_features": 6, "num_classes": 3, "d_model": D, "num_layers": 1, "mlp_ratio": 2}
+  memory = {"order": 4, "theta": 6.0, "memory_channels": 2, "chunk_size": 4}
+  return lambda **dtypes: Encoder(awake(LMUFormer(**sizes, **memory, **options, **dtypes)))
+
+
+def awake(model):
+  """A model whose neurons spike: what its batch norms give out is about as large as a threshold."""
+  for _, norm in nnx.iter_graph(model):
+    if isinstance(norm, BatchNorm) and model.variant != "plain":
+      norm.scale[...] = jnp.full_like(norm.scale[...], 4.0)
+      norm.bias[...] = jnp.full_like(norm.bias[...], 1.0)
+  return model
+
+
 def bidirectional(name, make, inputs, **options):
   register(name, lambda **o: Bidirectional(make(**o)), inputs, causal=False, **options)
 
@@ -184,12 +248,30 @@ bidirectional(
   vectors(D),
   slow=True,
 )
+# XLA for CPU rounds a product with a single column differently from row to row: two channels.
+unit = functools.partial(LMU, D, order=4, theta=6.0, channels=2, hidden_size=D, chunk_size=4)
+register("lmu-unit", unit, vectors(D))
+register(
+  "lmu-channels",
+  functools.partial(
+    unit, channels=3, theta=24.0, hidden_activation="tanh", discretizer="euler", learn_theta=True
+  ),
+  vectors(D),
+  slow=True,
+)
+register("lmu-cell", voelker, vectors(D), slow=True)
+register("lmuformer", lmuformer(dropout=0.3), vectors(6), trains=True)
+register(
+  "lmuformer-spiking", lmuformer(variant="spiking_ms"), vectors(6), trains=True, spikes=True,
+  slow=True,
+)  # fmt: skip
 register_architecture("retnet")
 register_architecture("hypermixer", scan_layers=True)
 register_architecture("retnet", "fla", dialect="fla", scan_layers=True, slow=True)
 register_architecture("transformer", scan_layers=True, dropout=0.3, slow=True)
 register_architecture("transformer++", window=5, num_kv_heads=1, slow=True)
 register_architecture("primer", scan_layers=True)
+register_architecture("lmu", scan_layers=True)
 register_architecture("hybrid", scan_layers=True)
 register_architecture(
   "hybrid",

@@ -40,7 +40,9 @@ def get_config(name):
   return module.get_config(), module.__doc__
 
 
-@pytest.mark.parametrize("name", ["retnet_1b", "transformer_1b", "primer_1b", "hypermixer_1b"])
+@pytest.mark.parametrize(
+  "name", ["retnet_1b", "transformer_1b", "primer_1b", "hypermixer_1b", "lmu_1b"]
+)
 def test_a_training_step_fits_on_v5e_4x4(v5e_4x4, name):
   config, docstring = get_config(name)
   config.model.scan_layers = True  # as on a TPU

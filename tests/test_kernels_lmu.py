@@ -4,6 +4,7 @@
 """
 
 import functools
+import itertools
 import json
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from laws_cases import masks, resets
 from laws_errors import EXACT, error, intermediates
 
@@ -31,7 +32,6 @@ WAYS = {
 }
 OUTPUTS = {"memory": None, "narrow": 2, "wide": 40}  # numbers that are read; folded, if narrow
 every_way = pytest.mark.parametrize("way", WAYS)
-every_discretizer = pytest.mark.parametrize("discretizer", DISCRETIZERS)
 EPS = float(jnp.finfo(jnp.float32).eps)
 
 
@@ -109,7 +109,7 @@ def test_tables_are_those_of_the_papers(name):
     assert np.linalg.norm(whole * scale / scale[:, None], 2) <= 1 + 1e-12
 
 
-@every_discretizer
+@pytest.mark.parametrize("discretizer", DISCRETIZERS)
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize(("order", "theta"), [(6, 32.0), (32, 784.0)])
 def test_learned_tables_are_the_fixed_ones(order, theta, dtype, discretizer):
@@ -134,31 +134,38 @@ def test_theta_is_learned_from_below_a_token_to_long_windows():
 
 @st.composite
 def tokens(draw, t):
-  """A seed, what is there of state, reset and mask, the last two, and how A is discretised."""
-  there = draw(st.sampled_from([(True, True), (True, False), (False, True), (False, False)]))
-  mask = draw(masks(B, t))
-  return draw(st.integers(0, 999)), there, draw(resets(B, t)), mask
+  """A seed, resets and a mask."""
+  return draw(st.integers(0, 999)), draw(resets(B, t)), draw(masks(B, t))
 
 
-@every_way
+# Documents that begin within chunks and with them, holes, and padding that would begin one.
+RESET = np.array([[0, 1, 0, 0, 1, 0, 0], [1, 0, 0, 1, 1, 0, 0]], bool)
+MASK = np.array([[1, 1, 0, 1, 0, 1, 1], [1, 1, 1, 1, 1, 0, 0]], bool)
+
+
+ORACLE_QUICK = {("memory", "zoh", way) for way in WAYS} | {("memory", "euler", "chunkwise")}
+ORACLE_QUICK |= {(outputs, "zoh", way) for outputs in ("narrow", "wide") for way in ("gemm", "fft")}
+
+
 @pytest.mark.parametrize(
-  ("outputs", "discretizer"),
+  ("outputs", "discretizer", "way"),
   [
-    *((outputs, "zoh") for outputs in OUTPUTS),
-    ("memory", "euler"),
-    *(pytest.param(outputs, "euler", marks=pytest.mark.slow) for outputs in ("narrow", "wide")),
+    pytest.param(*case, marks=() if case in ORACLE_QUICK else pytest.mark.slow)
+    for case in itertools.product(OUTPUTS, DISCRETIZERS, WAYS)
   ],
 )
-@given(data=st.data())
-def test_every_form_is_the_oracle(way, outputs, discretizer, data):
-  t = 7
-  seed, (carried, packed), reset, mask = data.draw(tokens(t))
-  u, kernel, state = numbers(seed, t, outputs)
-  arrays = (u, kernel, state if carried else None, reset if packed else None, mask)
-  with jax.enable_x64():
-    y, after = remember(*arrays, way=way, discretizer=discretizer)
-  expected = oracle(*arrays, discretizer=discretizer)
-  assert error((y[mask], after), (expected[0][mask], expected[1])) <= EXACT
+@given(drawn=tokens(7))
+@example(drawn=(0, RESET, MASK))
+def test_every_form_is_the_oracle(outputs, discretizer, way, drawn):
+  """With and without a state, and without resets."""
+  seed, reset, mask = drawn
+  u, kernel, state = numbers(seed, 7, outputs)
+  for before, begins in ((state, reset), (None, reset), (state, None), (None, None)):
+    arrays = (u, kernel, before, begins, mask)
+    with jax.enable_x64():
+      y, after = remember(*arrays, way=way, discretizer=discretizer)
+    expected = oracle(*arrays, discretizer=discretizer)
+    assert error((y[mask], after), (expected[0][mask], expected[1])) <= EXACT
 
 
 @every_way
@@ -265,7 +272,7 @@ def test_float32_is_as_exact_as_it_can_be(order, theta, t, allowed):
   u = np.random.default_rng(0).normal(size=(2, t, 2)).astype(np.float32)
   expected, _ = reference.lmu(u, order=order, theta=theta)
   for way, most in allowed.items():
-    m, _ = kernels.lmu(u, order=order, theta=theta, chunk_size=64, **WAYS[way])
+    m, _ = kernels.lmu(u, order=order, theta=theta, chunk_size=32, **WAYS[way])
     assert error(m, expected) <= most, way
 
 

@@ -41,10 +41,18 @@ def causal(name):
   return name
 
 
+@pytest.fixture
+def rounded(name, dtype):
+  """For laws of results that are alike but for rounding."""
+  if SUBJECTS[name].spikes and dtype != "float64":
+    pytest.skip("rounding makes a spike of none")
+  return dtype
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @given(data=st.data())
-def test_law_1_forms_agree(name, dtype, data):
-  laws.forms_agree(name, dtype, data.draw(cases(name)))
+def test_law_1_forms_agree(name, rounded, data):
+  laws.forms_agree(name, rounded, data.draw(cases(name)))
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -80,8 +88,8 @@ def test_law_2_splits_compose(causal, data, lengths):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @given(data=st.data(), cut=CUTS, pieces=st.tuples(forms(), forms()))
-def test_law_2_windows_compose(causal, dtype, data, cut, pieces):
-  laws.windows_compose(causal, dtype, data.draw(cases(causal)), cut, pieces)
+def test_law_2_windows_compose(causal, rounded, data, cut, pieces):
+  laws.windows_compose(causal, rounded, data.draw(cases(causal)), cut, pieces)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -118,8 +126,8 @@ def test_law_4_packing_is_separation(causal, data, lengths, form, alone):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @given(data=st.data(), cut=CUTS, form=forms())
-def test_law_4_documents_are_windows(causal, dtype, data, cut, form):
-  laws.documents_are_windows(causal, dtype, data.draw(cases(causal)), cut, form)
+def test_law_4_documents_are_windows(causal, rounded, data, cut, form):
+  laws.documents_are_windows(causal, rounded, data.draw(cases(causal)), cut, form)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -141,8 +149,8 @@ def test_rows_move(name, dtype, data, form):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @given(data=st.data(), form=forms(), position=FAR)
-def test_law_7_positions_do_not_drift(causal, dtype, data, form, position):
-  laws.positions_do_not_drift(causal, dtype, data.draw(cases(causal)), form, position)
+def test_law_7_positions_do_not_drift(causal, rounded, data, form, position):
+  laws.positions_do_not_drift(causal, rounded, data.draw(cases(causal)), form, position)
 
 
 @given(data=st.data(), form=forms(), position=st.one_of(FAR, st.integers(0, 99)))

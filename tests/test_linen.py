@@ -17,6 +17,7 @@ from triform import arch
 from triform.arch import Block, Retention, RetNet, SequenceModule, linen
 from triform.arch.layers.feed_forward import GatedFeedForward
 from triform.arch.layout import split_model
+from triform.arch.models.classifier import TokenEmbedding
 
 B, T, D = 2, 7, 8
 DTYPES = {"dtype": jnp.float32, "param_dtype": jnp.float32}
@@ -305,16 +306,14 @@ def test_what_makes_blocks_is_no_module(name):
   def make_block(rngs):
     return arch.HyperMixing(D, num_heads=2, mixing_dim=12, rngs=rngs)
 
-  options = {"Stack": {"scan": True}}.get(
-    name,
-    {
-      "vocab_size": 9,
-      "num_classes": 2,
-      "d_model": D,
-      "norm": functools.partial(nnx.LayerNorm, D),
-    },
-  )
-  module = getattr(linen, name)(make_block=make_block, num_layers=2, **options)
+  stack = {"make_block": make_block, "num_layers": 2, "scan": True}
+  parts = {
+    "stem": functools.partial(TokenEmbedding, 9, D, scale=1.0, **DTYPES),
+    "stack": functools.partial(arch.Stack, **stack),
+    "norm": functools.partial(nnx.LayerNorm, D),
+  }
+  options = {"Stack": stack, "Classifier": {**parts, "d_model": D, "num_classes": 2}}
+  module = getattr(linen, name)(**options[name])
   x = jnp.ones((B, T, D)) if name == "Stack" else jnp.ones((B, T), int)
   y, _ = module.apply(module.init(jax.random.key(0), x), x)
   assert y.shape == (x.shape if name == "Stack" else (B, 2))

@@ -7,9 +7,17 @@ import pytest
 from flax import nnx
 from laws_errors import EXACT, error
 
-from triform.arch import CausalHyperMixing, Classifier, HyperMixerClassifier, HyperMixing, generate
+from triform.arch import (
+  CausalHyperMixing,
+  Classifier,
+  HyperMixerClassifier,
+  HyperMixing,
+  Stack,
+  generate,
+)
 from triform.arch.interface import FORMS
 from triform.arch.layers.hypernetwork import Hypernetwork
+from triform.arch.models.classifier import TokenEmbedding
 
 every_form = pytest.mark.parametrize("form", FORMS)
 
@@ -101,15 +109,6 @@ def test_a_sum_is_no_memory():
     mixer(x, memory=mixer.accumulate(x))
 
 
-def test_a_classifier_of_causal_blocks_is_refused():
-  def make_block(rngs):
-    return CausalHyperMixing(8, num_heads=2, mixing_dim=12, rngs=rngs)
-
-  sizes = {"vocab_size": 8, "num_classes": 2, "d_model": 8, "num_layers": 1}
-  with pytest.raises(NotImplementedError, match="Classifier takes the mean of a whole sequence"):
-    Classifier(make_block, norm=nnx.LayerNorm(8, rngs=nnx.Rngs(0)), **sizes, rngs=nnx.Rngs(0))
-
-
 @pytest.mark.parametrize(
   ("options", "message"),
   [
@@ -180,6 +179,48 @@ def test_a_classifier_hears_whole_sequences(scan_layers):
   alone, _ = model(ids[1:, :5])
   np.testing.assert_allclose(outputs["parallel"][1:], alone, atol=1e-5)
   assert not model.causal
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_a_classifier_of_causal_blocks_goes_on(scan):
+  """Logits of the mean of all features of the current document, whatever the pieces."""
+  rngs = nnx.Rngs(0)
+  dtypes = {"dtype": jnp.float32, "param_dtype": jnp.float32}
+  model = Classifier(
+    TokenEmbedding(32, 8, scale=8**0.5, **dtypes, rngs=rngs),
+    Stack(
+      lambda rngs: CausalHyperMixing(8, num_heads=2, mixing_dim=12, rngs=rngs),
+      2,
+      scan=scan,
+      rngs=rngs,
+    ),
+    norm=nnx.LayerNorm(8, rngs=rngs),
+    d_model=8,
+    num_classes=3,
+    rngs=rngs,
+  )
+  assert model.causal and not model.lookahead
+  ids, mask = np.arange(16).reshape(2, 8), np.ones((2, 8), bool)
+  reset = np.zeros_like(mask)
+  reset[0, 3] = mask[1, 2] = mask[1, 4:] = True
+  mask[1, [0, 6]] = False
+  logits, state = model(ids[:, :5], form="parallel", reset=reset[:, :5], mask=mask[:, :5])
+  logits, state = model(ids[:, 5:], state, form="recurrent", reset=reset[:, 5:], mask=mask[:, 5:])
+  np.testing.assert_array_equal(model.read_out(state), logits)
+  np.testing.assert_array_equal(state.count, [5, 6])
+  for row, document in enumerate((ids[:1, 3:], ids[1:, [1, 2, 3, 4, 5, 7]])):
+    features, _ = model.encode(document)
+    assert features.shape == (*document.shape, 8)
+    expected = model.head(features.mean(axis=1))[0]
+    np.testing.assert_allclose(logits[row], expected, atol=1e-5)
+
+
+def test_a_classifier_that_sees_all_has_no_state():
+  model = HyperMixerClassifier(**SIZES, rngs=nnx.Rngs(0))
+  assert model.init_state(2) == () and not model.lookahead
+  for method in (model.read_out, model.flush):
+    with pytest.raises(NotImplementedError, match="HyperMixerClassifier sees whole sequences and"):
+      method(())
 
 
 def test_a_classifier_learns():

@@ -58,6 +58,12 @@ def _(layer: Linear, call: Call) -> Count:
   return Count(Work(matmul=flops) + bias, Work(matmul=2 * flops) + bias)
 
 
+def without_input_gradient(layer: Linear, call: Call) -> Count:
+  """A layer of what is given, which is not differentiated by."""
+  counted = count(layer, call)
+  return counted - Count(backward=Work(matmul=counted.forward.matmul))
+
+
 @count.register
 def _(layer: RMSNorm, call: Call) -> Count:
   t, d = call.length, layer.num_features

@@ -12,8 +12,9 @@ from jax.interpreters import partial_eval
 
 from .work import Work
 
-# Names of scopes (`jax.named_scope`) that tell what products are for; the others are `matmul`.
-SCOPES = re.compile(r"\b(convolution|mixing|logits)\b")
+# Names of scopes (`jax.named_scope`) that tell what products are for, the innermost where there are
+# several; the others are `matmul`.
+SCOPES = re.compile(r"\b(convolution|logits|matmul|mixing)\b")
 # One operation for every element of the result.
 VECTOR = {
   *("abs", "add", "add_any", "cummax", "cummin", "cumprod", "cumsum", "div", "integer_pow", "max"),
@@ -32,7 +33,9 @@ def walk(f: Callable, *arguments: Any) -> Work:
   """Counts what `f(*arguments)` computes for its results, without computing it.
 
   A scan counts as often as it turns, whatever is called is entered, and a Pallas kernel counts as
-  its cost estimate says.
+  its cost estimate says. Transforms count as `fft_flops` and are products of tokens, wherever they
+  stand. Of complex numbers a product or quotient is 6 operations, a term of a product of matrices 8,
+  and a sum 2.
 
   Args:
     f: a function of arrays, which may be a gradient.
@@ -83,19 +86,34 @@ def _total(work: Work) -> float:
   return sum(work.values())
 
 
+def fft_flops(length: int, *, real: bool) -> int:
+  """Operations of a Fourier transform, to whole ones: the usual `5 n log2 n`, of real numbers half.
+
+  That is what the algorithm of Cooley and Tukey takes for a power of two.
+  """
+  return round((2.5 if real else 5) * length * math.log2(length))
+
+
 def _purpose(scope: str) -> str:
-  return next(iter(SCOPES.findall(scope)), "matmul")
+  return next(reversed(SCOPES.findall(scope)), "matmul")
 
 
 def _primitive(equation: JaxprEqn, scope: str) -> Work:
   name, out, params = equation.primitive.name, equation.outvars[0].aval, equation.params
-  if not jnp.issubdtype(getattr(out, "dtype", bool), jnp.floating):
+  dtype = getattr(out, "dtype", bool)
+  if not jnp.issubdtype(dtype, jnp.inexact):
     return Work()
   shapes = [operand.aval.shape for operand in equation.invars]
+  is_complex = jnp.issubdtype(dtype, jnp.complexfloating)
+  if name == "fft":
+    length = math.prod(params["fft_lengths"])
+    real = params["fft_type"] in (jax.lax.FftType.RFFT, jax.lax.FftType.IRFFT)
+    number = max(math.prod(shapes[0]), out.size) // length
+    return Work(mixing=number * fft_flops(length, real=real))
   if name == "dot_general":
     (contracted, _), _ = params["dimension_numbers"]
     terms = math.prod(shapes[0][axis] for axis in contracted)
-    return Work(**{_purpose(scope): 2 * terms * out.size})
+    return Work(**{_purpose(scope): (8 if is_complex else 2) * terms * out.size})
   if name == "conv_general_dilated":
     outputs = shapes[1][params["dimension_numbers"].rhs_spec[0]]
     return Work(convolution=2 * math.prod(shapes[1]) // outputs * out.size)
@@ -113,5 +131,7 @@ def _primitive(equation: JaxprEqn, scope: str) -> Work:
     operations = math.prod(shapes[2])
   else:
     return Work()
+  if is_complex:
+    operations *= 6 if name in ("div", "mul") else 2
   purpose = _purpose(scope)
   return Work(**{"convolution" if purpose == "convolution" else "vector": operations})

@@ -74,6 +74,7 @@ class Call(NamedTuple):
     form: the algorithm.
     training: with `reset` and `mask`, from no state, and the state after it is not asked for.
       Otherwise without the two, and the state is returned.
+    packed: in training; where it is false, documents are not packed, and there is no `reset`.
     context: tokens before the call, whose state it is given; 0 is no state.
     causal: counts the pairs that causality leaves, `(length + 1) / 2` keys a query: what has to be
       computed. Otherwise all the pairs that the program computes.
@@ -84,3 +85,4 @@ class Call(NamedTuple):
   training: bool = False
   context: int = 0
   causal: bool = False
+  packed: bool = True

@@ -120,8 +120,8 @@ def to_keras_lmu(layer: LMU) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
   if layer.cell is not None:
     config["hidden_cell"] = {
       "class_name": "SimpleRNN",
-      "units": layer.cell.hidden_features,
       "activation": _cell_activation(layer.cell),
+      "units": layer.cell.hidden_features,
       "use_bias": layer.cell.dense_i.bias is not None,
     }
   elif layer.hidden_size is not None:
@@ -180,6 +180,7 @@ def cell_from_lmuformer(config: Mapping[str, Any], params: Mapping[str, Any], **
 def cell_to_lmuformer(layer: LMU) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
   """The inverse of `cell_from_lmuformer`, without the buffers, which the constructors make.
 
+  A theta that is learned becomes a number.
   Raises `ValueError` for a layer that neither cell can be, naming the option.
   """
   expected = {"channels": 1, "discretizer": "zoh", "input_to_hidden": True}
@@ -189,9 +190,9 @@ def cell_to_lmuformer(layer: LMU) -> tuple[dict[str, Any], dict[str, np.ndarray]
     if units is None:
       raise ValueError("hidden_size is None, which cannot be converted; expected a number")
   else:
+    _expect("the cell's activation", _cell_activation(layer.cell), "tanh")
     model, rows, units = "LMUCell", _cell_rows, layer.cell.hidden_features
     expected |= {"input_activation": "linear", "hidden_to_memory": True}
-    _expect("the cell's activation", _cell_activation(layer.cell), "tanh")
     _expect("the cell's use_bias", layer.cell.dense_i.bias is not None, False)
   for name, value in expected.items():
     _expect(name, getattr(layer, name), value)
@@ -244,7 +245,7 @@ def _nearest_theta(abar):
   if not 0 < abar[0, 0] < 1:
     return None
   theta = 1 / (1 - abar[0, 0])  # to half a token
-  for _ in range(6):  # Gauss and Newton's method
+  for _ in range(6):  # Gauss-Newton steps
     found = transition(order, theta, "zoh")
     slope = -system(order)[0] @ found / theta**2
     theta = max(theta + np.vdot(slope, abar - found) / np.vdot(slope, slope), 0.5)

@@ -67,7 +67,9 @@ def from_lmuformer(
   d, read = settings["embed_dims"], PREFIX.format(0) + READ
   if read not in params or np.ndim(params[read]) != 2:
     raise ValueError(f"{read} is missing or no matrix; the order of the memories is read off it")
-  order = params[read].shape[1] - d
+  if (order := params[read].shape[1] - d) < 1:
+    shape = list(params[read].shape)
+    raise ValueError(f"{read} has shape {shape}, expected more columns than embed_dims {d}")
   kept = {}
   for name, array in params.items():
     last = name.rpartition(".")[2]

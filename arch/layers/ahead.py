@@ -17,9 +17,12 @@ def answer_ahead(
 
   A model with look-ahead tells what it would answer if nothing more came, and goes on from before.
   """
-  kept = max(a.shape[1] for a in tokens if a is not None) - ahead
   if not ahead:
     return call(state, *tokens)
+  length = max(a.shape[1] for a in tokens if a is not None)
+  if not 0 < ahead <= length:
+    raise ValueError(f"ahead is {ahead}, expected 0 to {length}, the tokens that there are")
+  kept = length - ahead
   outputs = []
   if kept:
     y, state = call(state, *(None if a is None else a[:, :kept] for a in tokens))

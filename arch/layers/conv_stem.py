@@ -103,7 +103,8 @@ class ConvStem(SequenceModule):
     ahead=0,
   ):
     if x.shape[2:] != (self.in_features,):
-      raise ValueError(f"x has shape {list(x.shape)}, expected [batch, time, {self.in_features}]")
+      shape = [x.shape[0], x.shape[1] - ahead, *x.shape[2:]]  # as the model was given it
+      raise ValueError(f"x has shape {shape}, expected [batch, time, {self.in_features}]")
     state = self.init_state(x.shape[0]) if state is None else state
     tails, potentials = [], []
 
@@ -127,10 +128,10 @@ class ConvStem(SequenceModule):
       return x
 
     def convolve(layer, x, there):
+      normed = isinstance(layer, NormedLinear)
       with jax.named_scope("convolution"):
-        if isinstance(layer, NormedLinear):
-          return layer(x, mask=there, rngs=rngs)
-        return layer(x)
+        x = (layer.linear if normed else layer)(x)
+      return layer.normalise(x, mask=there, rngs=rngs) if normed else x
 
     def fire(x, there):
       i = len(potentials)

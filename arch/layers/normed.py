@@ -31,7 +31,9 @@ class NormedLinear(nnx.Module):
     self.norm = nnx.data(BatchNorm(out_features, **dtypes))
 
   def __call__(self, x, *, mask=None, rngs=None):  # [b, t, i] -> [b, t, o]
-    y = self.linear(x)
+    return self.normalise(self.linear(x), mask=mask, rngs=rngs)
+
+  def normalise(self, y, *, mask=None, rngs=None):  # [b, t, o] -> [b, t, o]
     return y if self.norm is None else self.norm(y, mask=mask, rngs=rngs)
 
   def fold(self) -> None:

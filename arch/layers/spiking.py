@@ -11,6 +11,7 @@ from triform import kernels
 from triform.kernels.lif.api import check_neuron
 
 from ..interface import state_dtype
+from .ahead import answer_ahead
 
 MOMENTUM = 0.9  # of the spike rate that is kept from call to call in training
 
@@ -74,20 +75,13 @@ class LIF(nnx.Module):
       rngs: given means training, when `rate` is updated.
     """
     x = jnp.asarray(x, self.dtype)
-    t = x.shape[1]
-    if not 0 <= ahead <= t:
-      raise ValueError(f"ahead is {ahead}, expected 0 to {t} for x of shape {list(x.shape)}")
     v = self.init_state(x.shape[0]) if v is None else v
-    spikes, kept = self._spikes(x, v, reset, mask, slice(t - ahead))
-    if ahead:
-      more, _ = self._spikes(x, kept, reset, mask, slice(t - ahead, t))
-      spikes = jnp.concatenate([spikes, more], axis=1)
+    spikes, v = answer_ahead(self._fire, ahead, v, x, reset, mask)
     if self.measuring or rngs is not None:
       self._count(spikes, mask)
-    return spikes, kept
+    return spikes, v
 
-  def _spikes(self, x, v, reset, mask, tokens):
-    x, reset, mask = jax.tree.map(lambda a: a[:, tokens], (x, reset, mask))
+  def _fire(self, v, x, reset, mask):
     tau = self.tau
     if self.tau_logit is not None:
       logit = self.tau_logit[...]

@@ -24,6 +24,15 @@ ACTIVATIONS = {
 }
 
 
+def check_memory(theta: float, **sizes: int) -> None:
+  """Raises `ValueError` for a window that is not positive, or a size below 1, by its name."""
+  for name, size in sizes.items():
+    if size < 1:
+      raise ValueError(f"{name} is {size}, expected at least 1")
+  if not 0 < theta < float("inf"):
+    raise ValueError(f"theta is {theta}, expected a positive number of tokens")
+
+
 class LMUState(NamedTuple):
   """The memory, in at least float32, and what the hidden cell carries."""
 
@@ -34,7 +43,7 @@ class LMUState(NamedTuple):
 class LMU(SequenceModule):
   """A Legendre Memory Unit, with any of the options that its publications have.
 
-      u_t = f(W_u x_t + b_u)          m_t = Abar m_{t-1} + Bbar u_t          y_t = g(W_h [m_t; x_t] + b_h)
+      u_t = f(W_u x_t + b_u)      m_t = Abar m_{t-1} + Bbar u_t      y_t = g(W_h [m_t; x_t] + b_h)
 
   With these defaults it is the one of Chilkuri and Eliasmith (ICML 2021; "LMUFFT"), whose memory is
   a convolution; `f` and `g` are rectifiers. That of Voelker et al. (NeurIPS 2019) feeds the
@@ -47,9 +56,9 @@ class LMU(SequenceModule):
     order: Legendre coefficients n of every memory channel.
     theta: length of the remembered window in tokens; where it is learned, at the start.
     channels: of the memory, each with an input of its own; all have one theta.
-    hidden_size: width of outputs. `None`, without a `hidden_cell`, gives out the memory itself
-      `[b, t, channels * order]`, channel by channel, with the inputs behind it if `input_to_hidden`.
-    hidden_cell: makes a recurrent cell in place of the linear layer, `hidden_cell(features, rngs=)`;
+    hidden_size: width of outputs. `None`, without a `hidden_cell`, gives out the memory itself,
+      `[b, t, channels * order]` channel by channel, and behind it the inputs if `input_to_hidden`.
+    hidden_cell: `hidden_cell(features, rngs=)` makes a recurrent cell in place of the linear layer,
       an `nnx.RNNCellBase` whose output is the last array of its carry, such as `nnx.GRUCell`.
     input_activation, hidden_activation: f and g, `"linear"`, `"relu"`, `"tanh"` or `"gelu"`.
     input_to_hidden: the output sees the input too, behind the memory.
@@ -91,11 +100,7 @@ class LMU(SequenceModule):
     rngs: nnx.Rngs,
   ):
     sizes = {"d_model": d_model, "order": order, "channels": channels, "chunk_size": chunk_size}
-    for name, size in {**sizes, "hidden_size": 1 if hidden_size is None else hidden_size}.items():
-      if size < 1:
-        raise ValueError(f"{name} is {size}, expected at least 1")
-    if not 0 < theta < float("inf"):
-      raise ValueError(f"theta is {theta}, expected a positive number of tokens")
+    check_memory(theta, **sizes, hidden_size=1 if hidden_size is None else hidden_size)
     for name, value, known in (
       ("input_activation", input_activation, ACTIVATIONS),
       ("hidden_activation", hidden_activation, ACTIVATIONS),
@@ -141,7 +146,7 @@ class LMU(SequenceModule):
     return LMUState(memory, self._carry(batch_size))
 
   def __call__(self, x, state=None, *, form="parallel", reset=None, mask=None, rngs=None, ahead=0):
-    """As in `SequenceModule`; the last `ahead` tokens are answered, but the state is from before."""
+    """As in `SequenceModule`; the last `ahead` tokens are answered, the state is from before."""
     check_call(x, form, reset, mask)
     if x.shape[2:] != (self.d_model,):
       raise ValueError(f"x has shape {list(x.shape)}, expected [batch, time, {self.d_model}]")

@@ -13,6 +13,7 @@ from ..interface import SequenceModule, state_dtype
 from ..layers.ahead import answer_ahead
 from ..layers.batch_norm import BatchNorm
 from ..layers.normed import NormedLinear, uniform_init
+from .lmu import check_memory
 
 
 class SpikingLMUState(NamedTuple):
@@ -29,8 +30,8 @@ class SpikingLMU(SequenceModule):
       z = LIF(BN(m))          h = LIF(BN(W_h [z; s] + b))     y = BN(W_o h + b)
 
   as in the published code of the variant `"spiking_ms"`; with `"spiking"` there is no `s` (it is
-  x), and y is `LIF(BN(W_o h + b))`. The memory is real-valued and never fed back. All of it hangs on
-  the `channels` neurons of u, one as published: see `arch.spiking` for whether it fires.
+  x), and y is `LIF(BN(W_o h + b))`. The memory is real-valued and never fed back. All of it hangs
+  on the `channels` neurons of u, one as published: `arch.spiking` tells whether they spike.
   """
 
   def __init__(
@@ -48,6 +49,7 @@ class SpikingLMU(SequenceModule):
     param_dtype: Any,
     rngs: nnx.Rngs,
   ):
+    check_memory(theta, order=order, channels=channels, chunk_size=chunk_size)
     dtypes = {"dtype": dtype, "param_dtype": param_dtype}
     options = {**dtypes, "rngs": rngs}
     self.order, self.theta, self.channels = order, float(theta), channels

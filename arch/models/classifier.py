@@ -117,14 +117,15 @@ class Classifier(SequenceModule):
 
   def flush(self, state: ClassifierState) -> jax.Array:  # [b, lookahead, d]
     """The features of the last tokens, if nothing follows. Of fewer tokens, the first are void."""
+    self._check_state()
+    if not self.lookahead:
+      dtype = self.head.dtype or self.head.param_dtype
+      return jnp.zeros((len(state.count), 0, self.d_model), dtype)
     return self._run(None, state, "recurrent", None, None, None, self.lookahead)[0]
 
   def read_out(self, state: ClassifierState) -> jax.Array:  # [b, classes]
     """Logits of all that was heard."""
-    if self._sees_all():
-      raise NotImplementedError(
-        f"{type(self).__name__} sees whole sequences and keeps no state to read out; call it"
-      )
+    self._check_state()
     if not self.lookahead:
       return self._logits(state.total, state.count)
     return self._run(None, state, "recurrent", None, None, None, self.lookahead)[1]
@@ -136,6 +137,12 @@ class Classifier(SequenceModule):
 
   def _sees_all(self) -> bool:
     return not self.causal and not self.lookahead
+
+  def _check_state(self) -> None:
+    if self._sees_all():
+      raise NotImplementedError(
+        f"{type(self).__name__} sees whole sequences and keeps no state to read out; call it"
+      )
 
   def _run(self, x, state, form, reset, mask, rngs, ahead):
     """Features, logits and the state after a piece, which is followed by `ahead` tokens of none."""
@@ -181,7 +188,8 @@ class Classifier(SequenceModule):
     if self.neuron is not None:
       x, neuron = self.neuron(x, state.neuron, mask=given, **keywords)
     summed = jnp.where(current[..., None], x, 0).astype(state.total.dtype)
-    total = state.total + summed[:, :t].sum(axis=1)
+    heard = current[:, :t].any(axis=1)[:, None]  # adding nothing would make 0 of -0
+    total = jnp.where(heard, state.total + summed[:, :t].sum(axis=1), state.total)
     logits = self._logits(total + summed[:, t:].sum(axis=1), count)
     return x, logits, ClassifierState(stem, stack, neuron, total, count)
 

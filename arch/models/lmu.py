@@ -177,11 +177,12 @@ class LMUClassifier(SequenceModule):
     newest = jnp.take_along_axis(x, jnp.maximum(index, 0)[:, None, None], axis=1)[:, 0]
     return y, LastState(unit, jnp.where((index < 0)[:, None], last, newest))
 
-  @jax.named_scope("logits")
   def read_out(self, state: LastState, rngs: nnx.Rngs | None = None) -> jax.Array:
     """Logits `[b, num_classes]` of all that was heard."""
     y = self.lmu.read_out(state.lmu.memory, state.last)
-    logits = self.head(self.dropout(y, rngs=rngs, deterministic=rngs is None))
+    y = self.dropout(y, rngs=rngs, deterministic=rngs is None)
+    with jax.named_scope("logits"):
+      logits = self.head(y)
     return logits.astype(state.lmu.memory.dtype)
 
   def __call__(self, x, state=None, *, form="parallel", reset=None, mask=None, rngs=None):

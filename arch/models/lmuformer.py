@@ -40,9 +40,9 @@ class LMUFormer(Classifier):
   `mlp_ratio * d_model` hidden units.
 
   Args:
-    padding: of the convolutions: `"causal"`, ours, or `"same"`, as published. With that a call gives
-      the published logits of everything heard so far, however it was cut, `lookahead` is 5 frames,
-      and `encode` gives features five frames late; see `Classifier`.
+    padding: of the convolutions: `"causal"`, ours, or `"same"`, as published. With that a call
+      gives the published logits of everything heard so far, however it was cut, `lookahead` is 5
+      frames, and `encode` gives features five frames late; see `Classifier`.
     order: of the memories; as published d_model, or 2 d_model in spiking variants.
     theta: length of their window in frames.
     memory_channels: of every memory; 1 as published.
@@ -93,7 +93,8 @@ class LMUFormer(Classifier):
       **dtypes,
     )
     self.variant, self.theta = variant, theta
-    order = order or (d_model if variant == "plain" else 2 * d_model)
+    if order is None:
+      order = d_model if variant == "plain" else 2 * d_model
     memory = {"order": order, "theta": theta, "channels": memory_channels, "chunk_size": chunk_size}
     make_block = functools.partial(
       _make_block, d_model, mlp_ratio * d_model, variant, make_neuron, memory, dropout, dtypes

@@ -79,6 +79,8 @@ class Stack(SequenceModule):
   the same for all.
   """
 
+  measuring: bool = False  # statistics are kept in evaluation too
+
   def __init__(
     self,
     make_block: Callable[[nnx.Rngs], SequenceModule],
@@ -140,7 +142,8 @@ class Stack(SequenceModule):
     return x, tuple(states)
 
   def _update(self, layer, statistics, rngs):
-    if rngs is not None:  # evaluation writes nothing, so it may run within any transform
+    # Evaluation writes nothing, so it may run within any transform.
+    if rngs is not None or self.measuring:
       nnx.update(layer, statistics)
 
 

@@ -1,7 +1,7 @@
 """The public function: validation, then the form asked for, by the method that is fastest."""
 
 import math
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -90,7 +90,7 @@ def lmu(
     "state": (state, {(b, d, order)}),
     "reset": (reset, {(b, t)}),
     "mask": (mask, {(b, t)}),
-    "kernel": (kernel, {(d, order, kernel.shape[-1] if jnp.ndim(kernel) else 0)}),
+    "kernel": (kernel, set() if kernel is None else {(d, order, *kernel.shape[-1:])}),
   }
   check_shapes(f"u {list(u.shape)} and order {order}", expected)
   check_form("lmu", t, form, chunk_size)
@@ -129,7 +129,7 @@ def _compact(u, reset, mask):
 
 
 def _parallel(u, tables, state, begins, total, kernel, method, chunk_size):
-  b, t, d = u.shape
+  b, t, _ = u.shape
   method = method or fastest_method(t)
   fold = kernel is not None and folds(b, t, *kernel.shape, method)
   if fold and begins is None and state is None:
@@ -167,6 +167,7 @@ def folds(b: int, t: int, d: int, n: int, o: int, method: Method) -> bool:
   return folded + d * n * o / b <= apart + d * n * o
 
 
+@jax.named_scope("matmul")
 def _read(m, kernel):
   if kernel is None:
     return m

@@ -2,7 +2,7 @@
 
 For order n and a window of theta steps (Voelker et al. 2019, equations 1 and 2),
 
-    A_ij = (2i + 1) / theta * (-1 if i < j else (-1)^(i - j + 1))     B_i = (2i + 1) / theta * (-1)^i
+    A_ij = (2i + 1) / theta (-1 if i < j else (-1)^(i - j + 1))     B_i = (2i + 1) / theta (-1)^i
 
     zero-order hold   Abar = exp(A)    Bbar = A^-1 (Abar - I) B = e0 - Abar e0, as A^-1 B = -e0
     Euler             Abar = I + A     Bbar = B
@@ -11,7 +11,7 @@ A fixed theta has its tables in float64, by NumPy, rounded once. Those of a thet
 are computed where it is, and have derivatives in closed form, since A goes with 1 / theta and
 commutes with Abar:
 
-    d Abar^k / d theta = -(k / theta) A Abar^k           with Euler's method   -(k / theta) A Abar^(k-1)
+    d Abar^k / d theta = -(k / theta) A Abar^k     with Euler's method   -(k / theta) A Abar^(k-1)
 """
 
 import functools

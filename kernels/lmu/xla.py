@@ -46,7 +46,7 @@ def pieces(u, tables: Tables, state, begins, c: int):
   u = _cut(u, c).transpose(0, 1, 3, 2)  # [b, n, d, c]
   first = None
   if begins is not None:
-    first = jax.lax.cummax(jnp.where(_cut(begins, c), jnp.arange(c), -1), axis=2)
+    first = jax.lax.cummax(jnp.where(_cut(begins, c), jnp.arange(c)[None, None], -1), axis=2)
   response = tables.impulse_response(c)
   m = einsum("bndik,ko->bnido", _shifted(u, first), response[::-1])
   if state is None and u.shape[1] == 1:
@@ -87,8 +87,8 @@ def _shifted(u, first):
   shifted = repeated[..., : c * (2 * c + 1)].reshape(*batch, c, 2 * c + 1)[..., 1 : c + 1]
   if first is None:
     return shifted
-  distance = jnp.arange(c)[::-1]
-  inside = distance <= jnp.arange(c)[:, None] - jnp.maximum(first, 0)[..., None]
+  since = jnp.arange(c)[None, None] - jnp.maximum(first, 0)
+  inside = jnp.arange(c)[None, None, None, ::-1] <= since[..., None]
   return jnp.where(inside[:, :, None], shifted, 0)
 
 
