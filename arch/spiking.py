@@ -1,214 +1,264 @@
-"""How often neurons spike, and what that is said to cost.
-
-rates = spike_rates(model, frames)
-print(energy(model, rates))
-"""
+"""What spiking models do: how often their neurons fire, and the energy that is said to take."""
 
 import functools
+import math
 import warnings
 from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 from flax import nnx
 
 from .interface import Form, SequenceModule
+from .layers.batch_norm import BatchNorm
 from .layers.conv_stem import TAPS
+from .layers.linear import Linear
 from .layers.normed import NormedLinear
 from .layers.spiking import LIF
+from .layout import split_model
 from .mixers.spiking_lmu import SpikingLMU
-from .models.lmuformer import LMUFormer
+from .models.lmuformer import LMUFormer, PlainFeedForward
 from .models.stack import Stack
 
-MAC_PICOJOULES, ACCUMULATE_PICOJOULES = 4.6, 0.9  # 45 nm, 32-bit floating point, by convention
+# Joules in 45 nm: 32-bit floating-point sums are 0.9 pJ and products 3.7 pJ (Horowitz, ISSCC 2014).
+MAC = 4.6e-12
+ACCUMULATE = 0.9e-12
 
 
 def spike_rates(
   model: SequenceModule,
-  x: jax.Array,  # [b, t, ...]
+  x: jax.Array,
   *,
-  mask: jax.Array | None = None,  # bool[b, t]
+  mask: jax.Array | None = None,
   form: Form = "parallel",
 ) -> dict[str, float]:
-  """Spikes per neuron and real token of every layer of neurons, in one call in evaluation mode.
+  """Spikes of a neuron for each real frame, on average over the neurons of a layer, in evaluation.
 
-  Names are paths, such as `stack/layers/0/mixer/write_neuron`. The model is left as it is.
+  Names are paths, `stack/layers/0/mixer/write_neuron`, whether layers are scanned or not. `model`
+  stays as it is.
 
-  Warns:
-    UserWarning: if nothing is written to a memory, because none of its input neurons spikes.
+  Args:
+    model: has `LIF` layers.
+    x: its inputs, `[b, t, ...]`, from no state.
+    mask: bool `[b, t]`, false at padding.
+    form: of the call.
 
   Raises:
-    ValueError: for a model without spiking neurons.
+    ValueError: if the model has no spiking neurons.
+
+  Warns:
+    UserWarning: of every `SpikingLMU` to whose memory nothing is written.
   """
-  measured = nnx.clone(model)
-  for _, module in nnx.iter_graph(measured):
+  model = nnx.clone(model)
+  neurons = [path for path, module in nnx.iter_graph(model) if isinstance(module, LIF)]
+  if not neurons:
+    raise ValueError(
+      f"{type(model).__name__} has no spiking neurons: expected a model with LIF layers"
+    )
+  for _, module in nnx.iter_graph(model):
     if isinstance(module, LIF | Stack):
       module.measuring = True
-  graphdef, variables = nnx.split(measured)
-
-  @jax.jit
-  def call(variables, x, mask):
-    model = nnx.merge(graphdef, variables)
-    model(x, form=form, mask=mask)
-    return nnx.state(model, nnx.BatchStat)
-
-  nnx.update(measured, call(variables, x, mask))
-  rates = {}
-  for path, module in nnx.iter_graph(measured):
-    if isinstance(module, LIF):
-      layers = np.asarray(module.rate[...])
-      for name, layer in _by_layer("/".join(map(str, path)), layers):
-        rates[name] = float(layer.mean())
-  if not rates:
-    raise ValueError(f"{type(model).__name__} has no spiking neurons")
-  for name, rate in rates.items():
-    if name.endswith("/write_neuron") and rate == 0:
-      warnings.warn(
-        f"{name} never spikes, so nothing is written to its memory: the block sees single frames, "
-        "and W_u learns by the surrogate's tail alone. Another seed, more memory_channels, or a "
-        "wider surrogate may wake it.",
-        stacklevel=2,
-      )
+  rates = _measure(*split_model(model), x, mask, form)
+  rates = {name: float(rate) for name, rate in rates.items()}
+  _warn_of_dead(rates)
   return rates
 
 
-def _by_layer(name: str, rate: np.ndarray):
-  """A scanned stack has the rates of all its layers in one array."""
-  if rate.ndim == 1:
-    return [(name, rate)]
-  return [(name.replace("layers/", f"layers/{i}/", 1), layer) for i, layer in enumerate(rate)]
+@functools.partial(jax.jit, static_argnums=(0, 5))
+def _measure(graphdef, params, variables, x, mask, form):
+  model = nnx.merge(graphdef, params, variables)
+  model(x, mask=mask, form=form)
+  rates = {}
+  for path, module in nnx.iter_graph(model):
+    if isinstance(module, LIF):
+      rates |= _by_layer(path, module.rate[...].mean(axis=-1))
+  return rates
+
+
+def _by_layer(path, rate):
+  """Of a scanned layer, by the names that it would have otherwise."""
+  if jnp.ndim(rate) == 0:
+    return {"/".join(map(str, path)): rate}
+  at = path.index("layers") + 1
+  return {"/".join(map(str, (*path[:at], i, *path[at:]))): one for i, one in enumerate(rate)}
+
+
+def _warn_of_dead(rates):
+  for name, rate in rates.items():
+    if name.endswith("write_neuron") and rate == 0:
+      warnings.warn(
+        f"{name} never fires: nothing is written to the memory behind it, so that the block sees "
+        "every frame by itself, and the weights before it learn from the tail of the surrogate "
+        "alone; try memory_channels above 1, a lower threshold of these neurons, or another seed",
+        stacklevel=3,
+      )
+
+
+class Operations(NamedTuple):
+  """What a layer takes for a whole clip."""
+
+  macs: float
+  accumulates: float
 
 
 class Energy(NamedTuple):
-  """Operations a frame, and what they are said to take."""
+  """The energy of a clip in joules, and what it is a sum of; see `energy`."""
 
-  macs: float  # multiplications by numbers that are no spikes, with an addition each
-  accumulates: float  # additions of a weight for every spike
-  updates: float  # of potentials, one multiplication and addition a neuron; in no sum
-  picojoules: float
+  joules: float
+  layers: dict[str, Operations]
+  updates: float  # of potentials, a multiply-add each, which are not in the sum
 
 
-def energy(model: LMUFormer, rates: Mapping[str, float] | None = None) -> Energy:
-  """Energy of a frame by the convention that spiking networks are published with.
+def energy(
+  model: LMUFormer,
+  rates: Mapping[str, float] | float,
+  *,
+  frames: int,
+  form: Form = "recurrent",
+  mac: float = MAC,
+  accumulate: float = ACCUMULATE,
+) -> Energy:
+  """The energy of a clip, as spiking models are usually compared.
 
-      4.6 pJ * multiply-accumulates + 0.9 pJ * sum over layers of (rate of the inputs * weights)
+      mac * multiply-accumulates + accumulate * spikes * (additions that a spike causes)
 
-  The constants are those of arithmetic in a 45 nm process, whatever the model runs on; memory
-  traffic, which costs more, is in neither. Included: all linear layers and convolutions, the
-  Legendre memory as a recurrence (n^2 multiply-accumulates a channel, its state being real), batch
-  norms that are not folded (one multiply-accumulate a feature), and the head for every frame, as
-  published. Not included: updates of potentials, additions of residuals, activations.
+  Multiply-accumulates are all products with what is real-valued: the first convolution, `Abar m` of
+  the memories, the head, once, on the mean, and of a plain model everything. Batch norms are one
+  for every element, where they are not folded (`fold_batch_norm`). All other products see spikes,
+  whose weights are only added: their number is the rate of their inputs times the weights. In the
+  variant `"spiking"` residuals are sums of spikes, of which all count. Not counted are additions of
+  biases and residuals, activations, the potentials' `updates`, and any traffic to memory, which in
+  hardware can well be most of the energy: the constants are a convention, and no measurement.
 
   Args:
-    model: an LMUFormer; the plain one has no spikes.
-    rates: of `spike_rates`, for a spiking one.
+    model: may be abstract.
+    rates: as of `spike_rates`, or a number for all neurons; `{}` for a plain model.
+    frames: of the clip.
+    form: of the memory. `"recurrent"` is `Abar m + Bbar u`; `"parallel"` the convolution with its
+      response, of `(frames + 1) / 2` inputs on average, which for spikes is of additions alone.
+    mac: joules of a multiply-accumulate.
+    accumulate: joules of an addition.
 
   Raises:
-    ValueError: for another model, or rates that are not those of its neurons.
+    ValueError: for another model, a layer without a rate, or another form.
   """
   if not isinstance(model, LMUFormer):
-    raise ValueError(f"model is a {type(model).__name__}, expected LMUFormer")
-  count = _Count({} if rates is None else dict(rates))
-  stream = _count_stem(count, model)
-  for i in range(model.stack.num_layers):
-    stream = _count_block(count, model, i, stream)
+    raise ValueError(f"model is a {type(model).__name__}, expected an LMUFormer")
+  if form not in ("recurrent", "parallel"):
+    raise ValueError(f"form is {form!r}, expected recurrent or parallel")
+  ledger = _Ledger(rates)
+  x = _stem(ledger, model.stem)
+  stack = model.stack
+  for i in range(stack.num_layers):
+    block = stack.layers if stack.scan else stack.layers[i]
+    x = _block(ledger, f"stack/layers/{i}", block, x, None if form == "recurrent" else frames)
   if model.neuron is not None:
-    count.norm(model.d_model)
-    stream = count.spikes("neuron", "neuron", model.d_model)
-  count.linear(model.head.in_features, model.head.out_features, stream)
-  if count.rates:
-    raise ValueError(f"rates has {', '.join(sorted(count.rates))}, which the model has not")
-  picojoules = MAC_PICOJOULES * count.macs + ACCUMULATE_PICOJOULES * count.accumulates
-  return Energy(count.macs, count.accumulates, count.updates, picojoules)
+    ledger.norm("neuron/norm", model.neuron.norm)
+  layers = {name: Operations(*(n * frames for n in one)) for name, one in ledger.layers.items()}
+  layers["head"] = Operations(model.head.in_features * model.head.out_features, 0)
+  macs, accumulates = (sum(column) for column in zip(*layers.values(), strict=True))
+  neurons = [math.prod(m.rate.shape) for _, m in nnx.iter_graph(model) if isinstance(m, LIF)]
+  return Energy(mac * macs + accumulate * accumulates, layers, frames * sum(neurons))
 
 
-class _Count:
-  """Sums over a model. A `rate` is spikes a number, or `None` for numbers that are no spikes."""
+class _Ledger:
+  """The operations of every layer in a frame. Inputs are given as spikes, `None` if real-valued."""
 
-  def __init__(self, rates: dict[str, float]):
-    self.rates = rates
-    self.macs = self.accumulates = self.updates = 0.0
+  def __init__(self, rates: Mapping[str, float] | float):
+    self.layers: dict[str, Operations] = {}
+    self._rates = rates
 
-  def linear(self, inputs: int, outputs: int, rate: float | None) -> None:
-    if rate is None:
-      self.macs += inputs * outputs
-    else:
-      self.accumulates += rate * inputs * outputs
+  def rate(self, name: str) -> float:
+    if not isinstance(self._rates, Mapping):
+      return self._rates
+    if name not in self._rates:
+      raise ValueError(f"rates has no {name}, expected those of spike_rates")
+    return self._rates[name]
 
-  def norm(self, features: int) -> None:
-    self.macs += features
+  def add(self, name: str, operations: float, spikes: float | None) -> None:
+    macs, accumulates = self.layers.get(name, Operations(0, 0))
+    real = spikes is None
+    self.layers[name] = Operations(
+      macs + operations if real else macs,
+      accumulates if real else accumulates + spikes * operations,
+    )
 
-  def layer(self, layer: nnx.Module, inputs: int, rate: float | None) -> None:
-    linear = layer.linear if isinstance(layer, NormedLinear) else layer
-    self.linear(inputs, linear.out_features, rate)
-    if isinstance(layer, NormedLinear) and layer.norm is not None:
-      self.norm(linear.out_features)
+  def norm(self, name: str, norm: BatchNorm | None) -> None:
+    if norm is not None:
+      self.add(name, norm.features, None)
 
-  def spikes(self, place: str, name: str | int, neurons: int) -> float:
-    """The rate of a layer of neurons, which is used once."""
-    name = f"{place}/{name}"
-    if name not in self.rates:
-      raise ValueError(f"rates lacks {name}")
-    self.updates += neurons
-    return self.rates.pop(name)
-
-
-def _count_stem(count: _Count, model: LMUFormer) -> float | None:
-  """The rate of the residual stream: of the variant "spiking" it is a sum of spikes."""
-  stem, d, rate = model.stem, model.d_model, None
-  for i, layer in enumerate(stem.convs):
-    count.layer(layer, TAPS * (d if i else stem.in_features), rate)
-    if stem.variant == "plain":
-      count.norm(d)
-    elif isinstance(layer, NormedLinear) or stem.variant == "spiking":
-      rate = count.spikes("stem/neurons", i, d)
-  residual = rate
-  if stem.variant == "spiking_ms":
-    count.norm(d)
-    rate, residual = count.spikes("stem/neurons", len(stem.convs) - 1, d), None
-  count.layer(stem.position, TAPS * d, rate)
-  if stem.variant == "spiking":
-    return residual + count.spikes("stem/neurons", len(stem.convs), d)
-  return None
+  def linear(self, name: str, layer: Linear | NormedLinear, *inputs: tuple[int, float | None]):
+    """A layer of several inputs beside each other, each of a width."""
+    if isinstance(layer, NormedLinear):
+      self.norm(f"{name}/norm", layer.norm)
+      layer, name = layer.linear, f"{name}/linear"
+    for width, spikes in inputs:
+      self.add(name, width * layer.out_features, spikes)
 
 
-def _count_block(count: _Count, model: LMUFormer, i: int, stream: float | None) -> float | None:
-  d, name = model.d_model, f"stack/layers/{i}"
-  block = model.stack.layers if model.stack.scan else model.stack.layers[i]
-  mixer, ffn = block.mixer, block.feed_forward
-  hidden = ffn.input.linear.out_features
-  if not isinstance(mixer, SpikingLMU):
-    lmu = mixer.lmu
-    count.layer(lmu.input, d, None)
-    count.macs += lmu.channels * lmu.order * (lmu.order + 1)
-    count.linear(lmu.channels * lmu.order + d, d, None)
-    for layer, inputs in ((mixer.output, d), (ffn.input, d), (ffn.output, hidden)):
-      count.layer(layer, inputs, None)
+def _stem(ledger, stem):
+  """The spikes of what comes out of it, as of all below."""
+  x = None
+  for i, conv in enumerate(stem.convs):
+    ledger.linear(f"stem/convs/{i}", conv, (TAPS * (stem.d_model if i else stem.in_features), x))
+    x = ledger.rate(f"stem/neurons/{i}") if i < len(stem.neurons) else None
+  for i, norm in enumerate(stem.norms):
+    ledger.norm(f"stem/norms/{i}", norm)
+  ledger.linear("stem/position", stem.position, (TAPS * stem.d_model, x))
+  if stem.variant != "spiking":
     return None
-  spikes = functools.partial(count.spikes, f"{name}/mixer")
-  memory, x = mixer.channels * mixer.order, stream
+  return x + ledger.rate(f"stem/neurons/{len(stem.convs)}")
+
+
+def _block(ledger, name, block, x, convolved):
+  memory = _spiking_memory if isinstance(block.mixer, SpikingLMU) else _plain_memory
+  x = memory(ledger, f"{name}/mixer", block.mixer, x, convolved)
+  own, name = block.feed_forward, f"{name}/feed_forward"
+  hidden = own.input.linear
+  if isinstance(own, PlainFeedForward):
+    ledger.linear(f"{name}/input", own.input, (hidden.in_features, None))
+    ledger.linear(f"{name}/output", own.output, (hidden.out_features, None))
+    return None
+  seen = x
+  if own.input_neuron is not None:
+    ledger.norm(f"{name}/input_neuron/norm", own.input_neuron.norm)
+    seen = ledger.rate(f"{name}/input_neuron/neuron")
+  ledger.linear(f"{name}/input", own.input, (hidden.in_features, seen))
+  spikes = ledger.rate(f"{name}/hidden_neuron")
+  ledger.linear(f"{name}/output", own.output, (hidden.out_features, spikes))
+  return None if own.output_neuron is None else x + ledger.rate(f"{name}/output_neuron")
+
+
+def _plain_memory(ledger, name, mixer, x, convolved):
+  lmu, d = mixer.lmu, mixer.lmu.d_model
+  ledger.linear(f"{name}/lmu/input", lmu.input, (d, None))
+  _remember(ledger, f"{name}/lmu/memory", lmu, None, convolved)
+  ledger.linear(f"{name}/lmu/read", lmu.read, (lmu.channels * lmu.order, None))
+  ledger.linear(f"{name}/lmu/skip", lmu.skip, (d, None))
+  ledger.linear(f"{name}/output", mixer.output, (d, None))
+
+
+def _spiking_memory(ledger, name, mixer, x, convolved):
+  d, memory = mixer.d_model, mixer.channels * mixer.order
+  seen = x
   if mixer.input_neuron is not None:
-    count.norm(d)
-    x = spikes("input_neuron", d)
-  count.layer(mixer.input, d, x)
-  written = spikes("write_neuron", mixer.channels)
-  count.macs += mixer.channels * mixer.order**2
-  count.accumulates += written * memory
-  count.norm(memory)
-  read = spikes("memory_neuron", memory)
-  count.linear(memory, d, read)
-  count.layer(mixer.hidden, d, x)
-  count.layer(mixer.output, d, spikes("hidden_neuron", d))
-  if mixer.output_neuron is not None:
-    stream += spikes("output_neuron", d)
-  spikes = functools.partial(count.spikes, f"{name}/feed_forward")
-  x = stream
-  if ffn.input_neuron is not None:
-    count.norm(d)
-    x = spikes("input_neuron/neuron", d)
-  count.layer(ffn.input, d, x)
-  count.layer(ffn.output, hidden, spikes("hidden_neuron", hidden))
-  if ffn.output_neuron is not None:
-    stream += spikes("output_neuron", d)
-  return stream
+    ledger.norm(f"{name}/input_norm", mixer.input_norm)
+    seen = ledger.rate(f"{name}/input_neuron")
+  ledger.linear(f"{name}/input", mixer.input, (d, seen))
+  _remember(ledger, f"{name}/memory", mixer, ledger.rate(f"{name}/write_neuron"), convolved)
+  ledger.norm(f"{name}/memory_norm", mixer.memory_norm)
+  read = ledger.rate(f"{name}/memory_neuron")
+  ledger.linear(f"{name}/hidden", mixer.hidden, (memory, read), (d, seen))
+  ledger.linear(f"{name}/output", mixer.output, (d, ledger.rate(f"{name}/hidden_neuron")))
+  return None if mixer.output_neuron is None else x + ledger.rate(f"{name}/output_neuron")
+
+
+def _remember(ledger, name, layer, spikes, convolved):
+  """The memory, as a recurrence, or convolved with so many inputs."""
+  size = layer.channels * layer.order
+  if convolved is None:
+    ledger.add(name, size * layer.order, None)
+    ledger.add(name, size, spikes)
+  else:
+    ledger.add(name, size * (convolved + 1) / 2, spikes)

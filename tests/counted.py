@@ -6,6 +6,7 @@ from flax import nnx
 
 from triform.arch import build
 from triform.arch.flops import Call, Work, count, walk
+from triform.arch.layout import split_model
 from triform.arch.training.losses import cross_entropy
 
 
@@ -27,6 +28,51 @@ def closed(model, call: Call) -> Work:
   return (
     counted.forward + counted.backward + counted.recompute if call.training else counted.forward
   )
+
+
+def gradient(model, call: Call, x) -> tuple[Work, Work]:
+  """A module of vectors `x` in training: its outputs, and these with gradients of given ones."""
+  graphdef, params, rest = split_model(model)
+  flags = jax.ShapeDtypeStruct(x.shape[:2], bool)
+  reset = flags if call.packed else None
+
+  def run(params, rest, x, reset, mask):
+    whole = nnx.merge(graphdef, params, rest)
+    return whole(x, form=call.form, reset=reset, mask=mask, rngs=nnx.Rngs(0))[0]
+
+  def differentiate(params, rest, x, reset, mask, cotangent):
+    y, pull = jax.vjp(lambda params, x: run(params, rest, x, reset, mask), params, x)
+    return y, pull(cotangent)
+
+  arguments = (params, rest, x, reset, flags)
+  y = jax.eval_shape(run, *arguments)
+  return walk(run, *arguments), walk(differentiate, *arguments, y)
+
+
+def classified(model, call: Call, x) -> Work:
+  """What a classifier computes of given inputs: logits and state, or the gradients of logits."""
+  graphdef, params, rest = split_model(model)
+
+  def infer(params, rest, x, state):
+    return nnx.merge(graphdef, params, rest)(x, state, form=call.form)
+
+  def differentiate(params, rest, x, mask, seed, cotangent):
+    def logits(params):
+      rngs = nnx.Rngs(jax.random.key(seed))
+      return nnx.merge(graphdef, params, rest)(x, form=call.form, mask=mask, rngs=rngs)[0]
+
+    y, pull = jax.vjp(logits, params)
+    return y, pull(cotangent)
+
+  if call.training:
+    mask = jax.ShapeDtypeStruct(x.shape[:2], bool)
+    seed = jax.ShapeDtypeStruct((), jnp.uint32)
+    cotangent = jax.ShapeDtypeStruct((1, model.head.out_features), jnp.float32)
+    return walk(differentiate, params, rest, x, mask, seed, cotangent)
+  state = None
+  if call.context:
+    state = jax.eval_shape(lambda: nnx.merge(graphdef, params, rest).init_state(1))
+  return walk(infer, params, rest, x, state)
 
 
 def traced(model, call: Call) -> Work:

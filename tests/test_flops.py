@@ -235,6 +235,35 @@ def test_the_walk_counts_convolutions():
   assert walk(convolve, spec(1, 6, 10), spec(6, 1, 3)) == Work(convolution=2 * 3 * 6 * 8)
 
 
+def test_the_walk_counts_fourier_transforms():
+  def filtered(x, gains):
+    return jnp.fft.irfft(jnp.fft.rfft(x, 16) * jnp.fft.rfft(gains, 16), 16)
+
+  # Four rows and one filter there, four back, nine frequencies.
+  count = 9 * 2.5 * 16 * 4
+  assert walk(filtered, spec(4, 7), spec(1, 7)) == Work(mixing=count, vector=6 * 4 * 9)
+  whole = jax.named_scope("convolution")(lambda x: jnp.fft.fft(x).real)
+  assert walk(whole, spec(3, 8)) == Work(mixing=3 * 5 * 8 * 3)
+  assert walk(jnp.fft.rfft, spec(6)) == Work(mixing=39)  # 2.5 * 6 * log2(6) is 38.8
+
+
+def test_the_walk_counts_complex_numbers():
+  def product(a, b):
+    return jax.lax.complex(a, a) @ jax.lax.complex(b, b) + 1
+
+  assert walk(product, spec(2, 3), spec(3, 4)) == Work(matmul=8 * 2 * 3 * 4, vector=2 * 2 * 4)
+
+
+def test_the_innermost_scope_tells_what_a_product_is_for():
+  @jax.named_scope("mixing")
+  def f(a, b):
+    with jax.named_scope("matmul"):
+      read = a @ b
+    return a @ read
+
+  assert walk(f, spec(4, 4), spec(4, 4)) == Work(matmul=2 * 4**3, mixing=2 * 4**3)
+
+
 def test_a_module_without_closed_form_says_what_to_do():
   class Mystery(SequenceModule):
     pass
@@ -258,8 +287,8 @@ def test_activation_bytes_are_what_the_gradient_keeps(remat):
     assert kept > known + products
 
 
-def config(**changes):
-  made = default_config(**{**options("retnet"), **changes})
+def config(name="retnet", **changes):
+  made = default_config(**{**options(name), **changes})
   made.seq_len = 16
   return made
 
@@ -277,6 +306,20 @@ def test_the_report_is_per_token_of_one_row():
   text = table(told)
   assert f"{told['parameters']:,} parameters" in text and "recompute" not in text
   assert "recompute, as computed" in table(report(config(remat="full")))
+
+
+def test_the_report_of_a_legendre_memory():
+  told = report(config("lmu"))
+  assert told["state_bytes"] == 2 * 4 * 2 * 4  # of each layer two channels of order 4
+  work = told["decoded_token"]["work"]["model"]["forward"]
+  assert work["mixing"] == 2 * (2 * 2 * 4 * 4 + 2 * 2 * 4)
+  assert "decoded token (recurrent, after 16)" in table(told)
+
+
+def test_the_report_is_not_of_classifiers():
+  made = default_config(architecture="lmu_classifier", **ARCHITECTURES["lmu_classifier"].small)
+  with pytest.raises(ValueError, match=r"^lmu_classifier is a classifier.*flops\.count takes any"):
+    report(made)
 
 
 def test_a_model_that_hears_tells_of_a_second_of_audio(monkeypatch):

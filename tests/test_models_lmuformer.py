@@ -126,9 +126,9 @@ def test_the_neurons_of_the_laws_spike():
 @pytest.mark.parametrize(
   ("variant", "parameters", "state"),
   [
-    # Of 1,621,796 numbers: tails of five convolutions, 256 of the memory, the sum, the count.
+    # Tails of five convolutions, the memory, the sum of features and their number.
     ("plain", 1_621_796, 2304 + 256 + 256 + 1),
-    # A memory of 512, what the residual waits for, 14 kinds of potentials.
+    # Also what the residual waits for, and potentials.
     ("spiking_ms", 1_689_894, 2304 + 256 + 512 + 3585 + 256 + 1),
     ("spiking", 1_689_382, 2304 + 512 + 3585 + 256 + 1),
   ],

@@ -3,15 +3,15 @@
     python -m triform.arch.flops --config=configs/retnet_tiny.py
 
 `count` is the closed form of any module, `walk` counts a program as it is traced, `report` is the
-table of a configuration. `attention`, `hypermixing`, `lmu` and `retention` register the closed
-forms of our mixers by being imported.
+table of a configuration. `attention`, `hypermixing`, `lmu`, `lmuformer` and `retention` register
+the closed forms of our mixers by being imported.
 """
 
 from collections.abc import Mapping
 from typing import Any
 
 from ..interface import Form
-from . import attention, hypermixing, lmu, retention
+from . import attention, hypermixing, lmu, lmuformer, retention
 from .closed import count
 from .memory import activation_bytes, parameter_bytes
 from .peaks import KNOWN_PEAKS, peak_flops
@@ -30,6 +30,7 @@ __all__ = [
   "count",
   "hypermixing",
   "lmu",
+  "lmuformer",
   "parameter_bytes",
   "peak_flops",
   "report",

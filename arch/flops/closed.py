@@ -21,7 +21,7 @@ from flax import nnx
 from ..layers.feed_forward import FeedForward, GatedFeedForward
 from ..layers.linear import Linear
 from ..layers.norm import RMSNorm
-from ..models.classifier import Classifier
+from ..models.classifier import Classifier, TokenEmbedding
 from ..models.language_model import LanguageModel
 from ..models.stack import Block, Group, PatternStack, Stack
 from .work import Call, Count, Work
@@ -117,11 +117,19 @@ def each(table: dict, name: str, size: int, dtype: jnp.dtype) -> Count:
 @count.register
 def _(block: Block, call: Call) -> Count:
   size = call.length * block.mixer_norm.num_features
-  added = Count(Work(vector=2 * size), Work(vector=2 * size))
-  if call.training and block.dropout.rate:  # random bits are made numbers, compared, scaled
-    added += Count(Work(vector=2 * (5 * size + 1)), Work(vector=2 * size))
+  added = (
+    Count(Work(vector=2 * size), Work(vector=2 * size)) + dropped(block.dropout, size, call) * 2
+  )
   parts = (block.mixer_norm, block.mixer, block.feed_forward_norm, block.feed_forward)
   return total(parts, call) + added
+
+
+def dropped(dropout: nnx.Dropout, size: int, call: Call) -> Count:
+  """Dropout of `size` elements."""
+  if not call.training or not dropout.rate:
+    return Count()
+  # Random bits are made numbers, compared, scaled.
+  return Count(Work(vector=5 * size + 1), Work(vector=size))
 
 
 @count.register
@@ -140,25 +148,41 @@ def _(stack: Stack, call: Call) -> Count:
   counted = total(layers, call)
   if stack.remat == "none" or not call.training or call.causal:
     return counted
-  return counted + sum((_recomputed(layer, stack.remat, call) for layer in layers), Count())
+  again = (count(layer, call).forward - spared(layer, stack.remat, call) for layer in layers)
+  return counted + Count(recompute=sum(again, Work()))
 
 
-def _recomputed(layer: Block | Group, remat: str, call: Call) -> Count:
-  """All of a layer but what only its result needs, or but all products with weights as well."""
-  last = layer.blocks[-1] if isinstance(layer, Group) else layer
-  forward, width = count(layer, call).forward, call.length * last.mixer_norm.num_features
+@functools.singledispatch
+def spared(layer: nnx.Module, remat: str, call: Call) -> Work:
+  """What of a layer is not computed a second time.
+
+  That is what only its result needs and, if `remat` is "dots", all products with weights.
+  """
+  raise NotImplementedError(f"{type(layer).__name__} has no closed form of what remat spares")
+
+
+@spared.register
+def _(block: Block, remat: str, call: Call) -> Work:
+  width = call.length * block.mixer_norm.num_features
   kept = Work(vector=width)  # the last addition
-  if last.norm_placement == "pre":
-    kept += count(last.feed_forward.output, call).forward
-  elif isinstance(last.feed_forward_norm, nnx.LayerNorm):
+  if block.norm_placement == "pre":
+    kept += count(block.feed_forward.output, call).forward
+  elif isinstance(block.feed_forward_norm, nnx.LayerNorm):
     kept += Work(vector=2 * width)
   else:
-    kept += count(last.feed_forward_norm, call).forward
+    kept += count(block.feed_forward_norm, call).forward
   if remat == "dots":
-    kept += Work(matmul=forward.matmul - kept.matmul)
-  if last.feed_forward.activation == "squared_relu" and kept.matmul:
-    kept += Work(vector=call.length * last.feed_forward.input.out_features)
-  return Count(recompute=forward - kept)
+    kept += Work(matmul=count(block, call).forward.matmul - kept.matmul)
+  if block.feed_forward.activation == "squared_relu" and kept.matmul:
+    kept += Work(vector=call.length * block.feed_forward.input.out_features)
+  return kept
+
+
+@spared.register
+def _(group: Group, remat: str, call: Call) -> Work:
+  *before, last = group.blocks
+  kept = spared(last, remat, call)
+  return kept + Work(matmul=total(before, call).forward.matmul) if remat == "dots" else kept
 
 
 @count.register
@@ -177,13 +201,33 @@ def _(model: LanguageModel, call: Call) -> Count:
 
 
 @count.register
+def _(layer: TokenEmbedding, call: Call) -> Count:
+  size = call.length * layer.embedding.features
+  return Count(Work(vector=size), Work(vector=2 * size))
+
+
+@count.register
 def _(model: Classifier, call: Call) -> Count:
-  """Without a loss: what the gradients of given logits take."""
-  t, d, classes = call.length, model.d_model, model.head.out_features
-  embedded = Count(Work(vector=t * d), Work(vector=2 * t * d))
+  """Without a loss: what the gradients of given logits take.
+
+  With look-ahead a call answers as if nothing followed: the program has that many tokens more,
+  though what they push out are no more than the call's own.
+  """
+  ahead = 0 if call.causal else model.lookahead
+  t, d = call.length + ahead, model.d_model
+  call = call._replace(length=t, packed=False, ahead=ahead)
+  counted = total(filter(None, (model.stem, model.stack, model.norm, model.neuron)), call)
   mean = Count(Work(vector=t * d + d), Work(vector=d))
-  head = Count(Work(logits=2 * d * classes, vector=classes), Work(logits=4 * d * classes))
-  return embedded + total((model.stack, model.norm), call) + mean + head
+  if model.causal or model.lookahead:  # added to what was heard before, in two pieces
+    mean += Count(Work(vector=2 * d), Work(vector=t * d))
+  return counted + mean + of_one(model.head, "logits")
+
+
+def of_one(layer: Linear, kind: str = "matmul") -> Count:
+  """A layer of one vector, so that the gradient of the bias is no sum."""
+  product = Work(**{kind: 2 * layer.in_features * layer.out_features})
+  bias = Work(vector=0 if layer.bias is None else layer.out_features)
+  return Count(product + bias, product * 2)
 
 
 def _loss(t: int, d: int, vocab: int) -> Count:

@@ -1,18 +1,29 @@
 """The closed forms of Legendre memories: `mixers/lmu.py`, `kernels/lmu/`, line by line.
 
-What causality leaves is of the form's own algorithm: pairs of tokens where a convolution is a
-product of matrices, all of it where it is an FFT. Tables of a learned theta, which are made once
-for a batch and not for every token, are left out; what their gradients take of every token is not.
+What causality leaves is of the algorithm that the form takes here: pairs of tokens where a
+convolution is a product of matrices, all of it where it is an FFT. Weights are then used once for a
+token, also where the program folds them into the response. Tables of a learned theta, which are
+made once for a batch and not for every token, are left out; what their gradients take of every
+token is not.
 """
 
 import scipy.fft
 
 from triform.kernels.lmu.api import fastest_method, folds
 
-from ..layers.linear import Linear
 from ..mixers.lmu import LMU
+from ..mixers.spiking_lmu import SpikingLMU
 from ..models.lmu import LMUClassifier
-from .closed import ACTIVATIONS, BEFORE_0_11, count, each, fan_out, without_input_gradient
+from .closed import (
+  ACTIVATIONS,
+  BEFORE_0_11,
+  count,
+  dropped,
+  each,
+  fan_out,
+  of_one,
+  without_input_gradient,
+)
 from .walk import fft_flops
 from .work import Call, Count, Work
 
@@ -35,14 +46,12 @@ def _(layer: LMU, call: Call) -> Count:
   if layer.read is None:
     if layer.cell is not None:
       counted += count(layer.cell, call)
-    return counted + _memory(layer, call) + _moved(layer, d * n, call)
+    return counted + remembered(layer, call)
   out = layer.read.out_features
-  if _folds(layer, call):
-    counted += _folded(layer, call)
-  else:
-    read = Work(matmul=2 * t * d * n * out)
-    counted += _memory(layer, call) + Count(read, read * 2)
-  counted += _moved(layer, out, call)
+  counted += sum((_read(layer, piece) for piece in _pieces_of(call)), Count())
+  if call.training and call.ahead:
+    counted += _handed_over(layer, call, _folds(layer, _pieces_of(call)[0]))
+    counted += Count(backward=Work(vector=d * n * out))
   if layer.read.bias is not None:
     counted += Count(Work(vector=t * out), Work(vector=(t + 1) * out))
   if layer.skip is not None:
@@ -58,24 +67,18 @@ def _(model: LMUClassifier, call: Call) -> Count:
   d, n, out = layer.channels, layer.order, model.head.in_features
   counted = without_input_gradient(layer.input, call)
   counted += each(LMU_ACTIVATIONS, layer.input_activation, t * d, layer.dtype)
-  if _folds(layer, call):
-    memory = Work(mixing=2 * t * d * n)
+  if _folds(layer, call) or (call.causal and call.form == "parallel"):
+    memory = Work(mixing=2 * t * d * n + (2 * d * n * n if call.context else 0))
     counted += Count(memory, memory * _gradients(layer) + Work(vector=t * d))
   else:
     taken = -t if call.form == "recurrent" else 1  # a sum of gradients less, or one row of many
     counted += _memory(layer, call) + Count(backward=Work(vector=taken * d * n))
   counted += _moved(layer, 0, call)
-  counted += _of_one(layer.read) + without_input_gradient(layer.skip, call._replace(length=1))
+  counted += of_one(layer.read) + without_input_gradient(layer.skip, call._replace(length=1))
   counted += Count(Work(vector=out))
   counted += each(LMU_ACTIVATIONS, layer.hidden_activation, out, layer.dtype)
-  return counted + _of_one(model.head, "logits")
-
-
-def _of_one(layer: Linear, kind: str = "matmul") -> Count:
-  """Of one vector, so that the gradient of the bias is no sum."""
-  product = Work(**{kind: 2 * layer.in_features * layer.out_features})
-  bias = Work(vector=0 if layer.bias is None else layer.out_features)
-  return Count(product + bias, product * 2)
+  counted += dropped(model.dropout, out, call)
+  return counted + of_one(model.head, "logits")
 
 
 def _with_feedback(layer: LMU, call: Call) -> Count:
@@ -109,33 +112,83 @@ def _with_feedback(layer: LMU, call: Call) -> Count:
   return counted
 
 
-def _gradients(layer: LMU) -> int:
-  """Of a product of inputs with a table."""
-  return 1 if layer.log_theta is None else 2
+def _pieces_of(call: Call) -> list[Call]:
+  """What the state keeps, and the tokens that are answered ahead."""
+  if not call.ahead:
+    return [call]
+  kept = call.length - call.ahead
+  rest = call._replace(length=call.ahead, context=call.context + kept, ahead=0)
+  return [call._replace(length=kept), rest]
 
 
-def _moved(layer: LMU, width: int, call: Call) -> Count:
+def _read(layer: LMU, call: Call) -> Count:
+  """What is read of the memory of every token."""
+  t, d, n, out = call.length, layer.channels, layer.order, layer.read.out_features
+  moved = _moved(layer, out, call)
+  if _folds(layer, call):
+    return _folded(layer, call) + moved
+  read = Work(matmul=2 * t * d * n * out)
+  return _memory(layer, call) + Count(read, read * 2) + moved
+
+
+def remembered(layer: LMU | SpikingLMU, call: Call) -> Count:
+  """The memory of every token, which is not only read."""
+  width = layer.channels * layer.order
+  pieces = (_memory(layer, piece) + _moved(layer, width, piece) for piece in _pieces_of(call))
+  counted = sum(pieces, Count())
+  if call.training and call.ahead:
+    counted += _handed_over(layer, call, folds=False)
+  return counted
+
+
+def _handed_over(layer: LMU | SpikingLMU, call: Call, folds: bool) -> Count:
+  """In training, the memory before the tokens ahead, and the gradients of two pieces."""
+  t, d, n = call.length - call.ahead, layer.channels, layer.order
+  pieces = Count(backward=Work(vector=call.length * d))
+  if folds:
+    last = Work(mixing=2 * t * d * n)
+    return pieces + Count(last, last * _gradients(layer) + Work(vector=2 * t * d))
+  return pieces + Count(backward=Work(vector=0 if call.form == "recurrent" else (t + 1) * d * n))
+
+
+def _gradients(layer: LMU | SpikingLMU) -> int:
+  """Of a product of inputs with a table: that of a learned theta has one too."""
+  return 1 if getattr(layer, "log_theta", None) is None else 2
+
+
+def _moved(layer: LMU | SpikingLMU, width: int, call: Call) -> Count:
   """The gradient of putting padding aside, of the memory's inputs and of `width` outputs."""
   return Count(backward=Work(vector=call.length * (layer.channels + width) if call.training else 0))
 
 
 def _folds(layer: LMU, call: Call) -> bool:
-  """Whether the memory is never made, see `kernels.lmu`."""
-  if call.form != "parallel" or call.context or (call.training and call.packed):
+  """Whether the program never makes the memory, see `kernels.lmu`."""
+  if call.causal or call.form != "parallel" or call.context or (call.training and call.packed):
     return False
   t, d, n, out = call.length, layer.channels, layer.order, layer.read.out_features
   return folds(1, t, d, n, out, fastest_method(t))
 
 
+def spared_convolution(layer: LMU, call: Call) -> Work:
+  """Of a product with weights that is folded into a convolution, what is not computed again."""
+  t, d, out = call.length - call.ahead, layer.channels, layer.read.out_features
+  if not _folds(layer, call._replace(length=t)):
+    return Work()
+  if fastest_method(t) == "gemm":
+    return Work(mixing=2 * t * t * d * out)
+  length, frequencies = _transformed(t)
+  return Work(mixing=out * fft_flops(length, real=True) + 8 * frequencies * d * out)
+
+
 def _folded(layer: LMU, call: Call) -> Count:
-  """A convolution with what is read of the response."""
+  """A convolution with what is read of the response, which the rows of a batch would share."""
   t, d, n, out = call.length, layer.channels, layer.order, layer.read.out_features
   response = Work(mixing=2 * t * d * n * out)
   counted = Count(response, response * _gradients(layer))
   if not call.training:
     counted += Count(Work(mixing=2 * t * d * n))  # the state
   if fastest_method(t) == "gemm":
-    product = Work(mixing=2 * d * out * (t * (t + 1) / 2 if call.causal else t * t))
+    product = Work(mixing=2 * t * t * d * out)
     return counted + Count(product, product * 2 + Work(vector=2 * t * t * d + 5 * t * d))
   length, frequencies = _transformed(t)
   transforms = Work(mixing=(d + d * out + out) * fft_flops(length, real=True))
@@ -144,16 +197,16 @@ def _folded(layer: LMU, call: Call) -> Count:
   return counted + Count(transforms + product, transforms + product * 2 + Work(vector=scaled))
 
 
-def _memory(layer: LMU, call: Call) -> Count:
+def _memory(layer: LMU | SpikingLMU, call: Call) -> Count:
   """The memory of every token."""
   t, d, n = call.length, layer.channels, layer.order
   if call.form == "recurrent":
     states = t * d * n
     product = Work(mixing=2 * states * n)
-    return Count(
-      product + Work(vector=2 * states),
-      product * _gradients(layer) + Work(vector=4 * states + t * d),
-    )
+    # `Bbar u` is a product of a token, though the program has it elementwise.
+    outer = Work(mixing=2 * states) if call.causal else Work(vector=2 * states)
+    backward = product * _gradients(layer) + outer + Work(vector=2 * states + t * d)
+    return Count(product + outer, backward)
   if call.form == "chunkwise":
     return _pieces(layer, call, layer.chunk_size)
   if fastest_method(t) == "gemm":
@@ -176,7 +229,7 @@ def _memory(layer: LMU, call: Call) -> Count:
   return counted
 
 
-def _pieces(layer: LMU, call: Call, chunk_size: int) -> Count:
+def _pieces(layer: LMU | SpikingLMU, call: Call, chunk_size: int) -> Count:
   """Products within chunks, and of the state before each."""
   t, d, n = call.length, layer.channels, layer.order
   c = min(chunk_size, t)

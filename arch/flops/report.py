@@ -65,7 +65,10 @@ def report(config: ConfigDict) -> dict[str, Any]:
   """
   name = config.model.architecture
   if find(name).task != "language":
-    raise ValueError(f"{name} is a classifier: expected a language model, whose tokens are counted")
+    raise ValueError(
+      f"{name} is a classifier, and the length of its sequences is not in the configuration: "
+      "expected a language model; triform.arch.flops.count takes any model and length"
+    )
   model = abstract_model(config.model)
   length = config.seq_len
   calls = {

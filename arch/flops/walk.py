@@ -33,9 +33,9 @@ def walk(f: Callable, *arguments: Any) -> Work:
   """Counts what `f(*arguments)` computes for its results, without computing it.
 
   A scan counts as often as it turns, whatever is called is entered, and a Pallas kernel counts as
-  its cost estimate says. Transforms count as `fft_flops` and are products of tokens, wherever they
-  stand. Of complex numbers a product or quotient is 6 operations, a term of a product of matrices 8,
-  and a sum 2.
+  its cost estimate says. Fourier transforms count as `fft_flops` and are products of tokens,
+  whatever the scope. Of complex numbers a product or quotient is 6 operations, a term of a product
+  of matrices 8, and a sum 2.
 
   Args:
     f: a function of arrays, which may be a gradient.
@@ -95,7 +95,7 @@ def fft_flops(length: int, *, real: bool) -> int:
 
 
 def _purpose(scope: str) -> str:
-  return next(reversed(SCOPES.findall(scope)), "matmul")
+  return ["matmul", *SCOPES.findall(scope)][-1]
 
 
 def _primitive(equation: JaxprEqn, scope: str) -> Work:

@@ -74,10 +74,12 @@ class Call(NamedTuple):
     form: the algorithm.
     training: with `reset` and `mask`, from no state, and the state after it is not asked for.
       Otherwise without the two, and the state is returned.
-    packed: in training; where it is false, documents are not packed, and there is no `reset`.
     context: tokens before the call, whose state it is given; 0 is no state.
     causal: counts the pairs that causality leaves, `(length + 1) / 2` keys a query: what has to be
       computed. Otherwise all the pairs that the program computes.
+    packed: of training; if false, as in classifiers, rows are no packed documents and have no
+      `reset`.
+    ahead: the tokens of `length`, at its end, that are answered but left out of the state.
   """
 
   length: int
@@ -86,3 +88,4 @@ class Call(NamedTuple):
   context: int = 0
   causal: bool = False
   packed: bool = True
+  ahead: int = 0

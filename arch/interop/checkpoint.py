@@ -60,6 +60,19 @@ def read_config(
   return settings
 
 
+def require(config: Mapping[str, Any], *names: str) -> None:
+  """Raises `ValueError` naming all options that `config` lacks."""
+  if missing := [name for name in names if name not in config]:
+    raise ValueError(f"the config lacks {', '.join(missing)}")
+
+
+def expect(name: str, value: Any, *expected: Any) -> None:
+  """Raises `ValueError` for an option with another value, which the other library cannot have."""
+  if value not in expected:
+    wanted = " or ".join(map(repr, expected))
+    raise ValueError(f"{name} is {value!r}, which cannot be converted; expected {wanted}")
+
+
 def convert(params: Mapping[str, Any], table: Table) -> dict[str, Tensor]:
   """The arrays of a checkpoint by their path in our model, the layers stacked.
 
@@ -174,10 +187,7 @@ def describe(model: RetNet, **expected) -> dict[str, Any]:
     "param_dtype": model.embedding.embedding[...].dtype.name,
   }
   for name, value in {"decay": "fixed", **expected}.items():
-    if options[name] != value:
-      raise ValueError(
-        f"{name} is {options[name]!r}, which cannot be converted; expected {value!r}"
-      )
+    expect(name, options[name], value)
   return options
 
 

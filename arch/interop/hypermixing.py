@@ -9,7 +9,16 @@ from flax import nnx
 
 from ..assembly import fill_module
 from ..mixers.hypermixing import CausalHyperMixing, HyperMixing, encode_positions
-from .checkpoint import Table, Weight, convert, param_dtype, read_config, revert
+from .checkpoint import (
+  Table,
+  Weight,
+  convert,
+  expect,
+  param_dtype,
+  read_config,
+  require,
+  revert,
+)
 
 DEFAULT_MAX_LENGTH = 3000  # of either library
 SHARED = {"tied": False, "num_heads": 1, "max_length": DEFAULT_MAX_LENGTH}
@@ -44,13 +53,14 @@ def from_idiap(
   """
   supported = {"token_information": tuple(IDIAP_POSITION)}
   settings = read_config(config, IDIAP, supported)
+  require(settings, "input_output_dim", "hypernet_size")
   kind = CausalHyperMixing if settings["causal"] else HyperMixing
   return _layer(
     kind,
     "idiap",
     settings,
     params,
-    mixing_dim=_required(settings, "hypernet_size"),
+    mixing_dim=settings["hypernet_size"],
     use_bias=settings["hypernetwork_bias"],
     layer_norm=settings["use_layer_norm"],
     position=IDIAP_POSITION[settings["token_information"]],
@@ -68,7 +78,8 @@ def from_speechbrain(
   its keys and values, which that layer ignores, have no counterpart.
   """
   settings = read_config(config, SPEECHBRAIN, {})
-  size = _required(settings, "hypernet_size")
+  require(settings, "input_output_dim", "hypernet_size")
+  size = settings["hypernet_size"]
   if settings["fix_tm_hidden_size"]:
     size *= settings["num_heads"]
   return _layer(
@@ -91,7 +102,7 @@ def to_idiap(
 
   Raises `ValueError` for a layer that the published code cannot be, naming the option.
   """
-  _expect("position", layer.position, *IDIAP_POSITION.values())
+  expect("position", layer.position, *IDIAP_POSITION.values())
   config = {
     **_sizes(layer, max_length),
     "hypernet_size": layer.num_heads * layer.key_size,
@@ -106,22 +117,16 @@ def to_speechbrain(
   layer: HyperMixing, *, max_length: int = DEFAULT_MAX_LENGTH
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
   """The inverse of `from_speechbrain`. Raises `ValueError` as `to_idiap` does."""
-  _expect("position", layer.position, "standard")
-  _expect("use_bias", layer.w1.input.bias is not None, True)
-  _expect("layer_norm", layer.norm is not None, True)
+  expect("position", layer.position, "standard")
+  expect("use_bias", layer.w1.input.bias is not None, True)
+  expect("layer_norm", layer.norm is not None, True)
   config = {**_sizes(layer, max_length), "hypernet_size": layer.num_heads * layer.key_size}
   return config, _params(layer, max_length)
 
 
-def _required(settings, name):
-  if name not in settings:
-    raise ValueError(f"the config lacks {name}")
-  return settings[name]
-
-
 def _layer(kind, source, settings, params, **options):
   params = dict(params)
-  d, heads = _required(settings, "input_output_dim"), settings["num_heads"]
+  d, heads = settings["input_output_dim"], settings["num_heads"]
   if settings["tied"]:
     first, second = NETWORKS
     for name in [name for name in params if name.startswith(second)]:
@@ -184,9 +189,9 @@ def _check_table(position, table, length, d):
 def _sizes(layer: HyperMixing, max_length: int) -> dict[str, Any]:
   if not isinstance(layer, HyperMixing):
     raise ValueError(f"layer is a {type(layer).__name__}, expected HyperMixing")
-  _expect("activation", layer.activation, "gelu")
+  expect("activation", layer.activation, "gelu")
   if layer.norm is not None:
-    _expect("eps", layer.norm.epsilon, 1e-5)
+    expect("eps", layer.norm.epsilon, 1e-5)
   return {
     "input_output_dim": layer.d_model,
     "num_heads": layer.num_heads,
@@ -205,9 +210,3 @@ def _params(layer: HyperMixing, max_length: int) -> dict[str, np.ndarray]:
   if layer.position != "none":
     params[TABLES[layer.position]] = _positions(layer.position, max_length, layer.d_model)
   return params
-
-
-def _expect(name, value, *expected):
-  if value not in expected:
-    wanted = " or ".join(map(repr, expected))
-    raise ValueError(f"{name} is {value!r}, which cannot be converted; expected {wanted}")

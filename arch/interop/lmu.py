@@ -14,7 +14,7 @@ from triform.kernels.lmu.tables import system, transition
 from ..assembly import fill_module
 from ..layout import split_model, to_stacked
 from ..mixers.lmu import ACTIVATIONS, LMU
-from .checkpoint import Table, Weight, convert, param_dtype, read_config
+from .checkpoint import Table, Weight, convert, expect, param_dtype, read_config, require
 
 KERAS = {
   "trainable_theta": False,
@@ -59,7 +59,7 @@ def from_keras_lmu(config: Mapping[str, Any], params: Mapping[str, Any], **optio
       left over or of a wrong shape, all by name.
   """
   settings = read_config(config, KERAS, KERAS_SUPPORTED)
-  _require(settings, "memory_d", "order", "theta", "hidden_cell")
+  require(settings, "memory_d", "order", "theta", "hidden_cell")
   params = dict(params)
   theta_inv = params.pop("theta_inv", None)
   if theta_inv is None and settings["trainable_theta"]:
@@ -104,7 +104,7 @@ def to_keras_lmu(layer: LMU) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
 
   Raises `ValueError` for a layer that KerasLMU cannot be, naming the option.
   """
-  _expect("input_activation", layer.input_activation, "linear")
+  expect("input_activation", layer.input_activation, "linear")
   config = {
     "memory_d": layer.channels,
     "order": layer.order,
@@ -152,7 +152,7 @@ def cell_from_lmuformer(config: Mapping[str, Any], params: Mapping[str, Any], **
   settings = read_config(
     config, {"theta": None}, {"model": CELLS, "learn_a": (False,), "learn_b": (False,)}
   )
-  _require(settings, "input_size", "hidden_size", "memory_size")
+  require(settings, "input_size", "hidden_size", "memory_size")
   order, units = settings["memory_size"], settings["hidden_size"]
   theta = read_theta(settings["theta"], order, params.get("A"))
   params = {name: array for name, array in params.items() if name not in BUFFERS}
@@ -190,17 +190,17 @@ def cell_to_lmuformer(layer: LMU) -> tuple[dict[str, Any], dict[str, np.ndarray]
     if units is None:
       raise ValueError("hidden_size is None, which cannot be converted; expected a number")
   else:
-    _expect("the cell's activation", _cell_activation(layer.cell), "tanh")
+    expect("the cell's activation", _cell_activation(layer.cell), "tanh")
     model, rows, units = "LMUCell", _cell_rows, layer.cell.hidden_features
     expected |= {"input_activation": "linear", "hidden_to_memory": True}
-    _expect("the cell's use_bias", layer.cell.dense_i.bias is not None, False)
+    expect("the cell's use_bias", layer.cell.dense_i.bias is not None, False)
   for name, value in expected.items():
-    _expect(name, getattr(layer, name), value)
+    expect(name, getattr(layer, name), value)
   plain = layer.cell is None
-  _expect("memory_to_memory", layer.memory_feedback is not None, not plain)
-  _expect("use_bias", layer.input.bias is not None, plain)
+  expect("memory_to_memory", layer.memory_feedback is not None, not plain)
+  expect("use_bias", layer.input.bias is not None, plain)
   if plain:
-    _expect("hidden_bias", layer.read.bias is not None, True)
+    expect("hidden_bias", layer.read.bias is not None, True)
   config = {
     "model": model,
     "input_size": layer.d_model,
@@ -263,7 +263,7 @@ def _read_keras_cell(cell):
       f"hidden_cell is a {cell.get('class_name')!r}, which is not supported; expected None, "
       f"{' or '.join(KERAS_CELLS)}"
     )
-  _require(cell, "units")
+  require(cell, "units")
   if cell.get("activation", "") is None:
     cell["activation"] = "linear"
   default = KERAS_CELLS[name]
@@ -295,7 +295,7 @@ def _cell_activation(cell):
     raise ValueError(
       f"hidden_cell is a {type(cell).__name__}, which cannot be converted; expected SimpleCell"
     )
-  _expect("the cell's residual", cell.residual, False)
+  expect("the cell's residual", cell.residual, False)
   known = [name for name, f in ACTIVATIONS.items() if f is cell.activation_fn]
   if not known:
     raise ValueError(
@@ -389,14 +389,3 @@ def _published(layer, rows, turn) -> dict[str, np.ndarray]:
 
 def _theta(layer: LMU) -> float:
   return layer.theta if layer.log_theta is None else float(jnp.exp(layer.log_theta[...]))
-
-
-def _require(settings, *names):
-  missing = [name for name in names if name not in settings]
-  if missing:
-    raise ValueError(f"the config lacks {', '.join(missing)}")
-
-
-def _expect(name, value, expected):
-  if value != expected:
-    raise ValueError(f"{name} is {value!r}, which cannot be converted; expected {expected!r}")

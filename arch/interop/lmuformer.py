@@ -11,7 +11,16 @@ from ..layers.conv_stem import NUM_CONVS, TAPS
 from ..layout import split_model, to_stacked
 from ..mixers.lmu import LMU
 from ..models.lmuformer import LMUFormer
-from .checkpoint import Table, Weight, convert, param_dtype, read_config, revert
+from .checkpoint import (
+  Table,
+  Weight,
+  convert,
+  expect,
+  param_dtype,
+  read_config,
+  require,
+  revert,
+)
 from .lmu import BUFFERS, CELLS, cell_from_lmuformer, read_theta
 
 VARIANTS = {
@@ -58,9 +67,7 @@ def from_lmuformer(
     return cell_from_lmuformer(config, params, **options)
   supported = {"model": tuple(VARIANTS), "test_mode": ("normal",)}
   settings = read_config(config, DEFAULTS, supported)
-  sizes = ("in_channels", "embed_dims", "mlp_ratios", "depths", "num_classes")
-  if missing := [name for name in sizes if name not in settings]:
-    raise ValueError(f"the config lacks {', '.join(missing)}")
+  require(settings, "in_channels", "embed_dims", "mlp_ratios", "depths", "num_classes")
   variant = VARIANTS[settings["model"]]
   if params and all(name.startswith("module.") for name in params):
     params = {name.removeprefix("module."): array for name, array in params.items()}
@@ -116,15 +123,14 @@ def to_lmuformer(model: LMUFormer) -> tuple[dict[str, Any], dict[str, np.ndarray
     raise ValueError(f"model is a {type(model).__name__}, expected LMUFormer")
   block = model.stack.layers if model.stack.scan else model.stack.layers[0]
   memory = block.mixer.lmu if model.variant == "plain" else block.mixer
-  expected = {"padding": ("same", "same" if model.lookahead else "causal")}
-  expected["memory_channels"] = (1, memory.channels)
+  expect("padding", "same" if model.lookahead else "causal", "same")
+  expect("memory_channels", memory.channels, 1)
+  expect("folded", block.feed_forward.input.norm is None, False)
   for neuron in model.stem.neurons[:1]:
     published = {"tau": 2.0, "reset_value": 0.0, "threshold": 1.0, "decay_input": True}
-    expected |= {name: (value, getattr(neuron, name)) for name, value in published.items()}
-    expected["learn_tau"] = (False, neuron.tau_logit is not None)
-  for name, (value, found) in expected.items():
-    if value != found:
-      raise ValueError(f"{name} is {found!r}, which cannot be converted; expected {value!r}")
+    for name, value in published.items():
+      expect(name, getattr(neuron, name), value)
+    expect("learn_tau", neuron.tau_logit is not None, False)
   params = {name: np.asarray(tensor) for name, tensor in revert(model, _table(model)).items()}
   for name in [name for name in params if name.endswith(PARTS["memory"])]:
     parts = [params.pop(name.replace(PARTS["memory"], part)) for part in PARTS.values()]

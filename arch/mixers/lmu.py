@@ -8,13 +8,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from flax.nnx.nn.initializers import Initializer
+from jax.ad_checkpoint import checkpoint_name
 
 from triform import kernels
 from triform.kernels.lmu import DISCRETIZERS, Discretizer
 
 from ..interface import SequenceModule, check_call, state_dtype
 from ..layers.ahead import answer_ahead
-from ..layers.linear import Linear
+from ..layers.linear import PRODUCT, Linear
 
 ACTIVATIONS = {
   "linear": lambda x: x,
@@ -201,6 +202,7 @@ class LMU(SequenceModule):
       memory = self.init_state(x.shape[0]).memory
     memory = memory.astype(state_dtype(self.dtype))
     if kernel is not None:
+      m = checkpoint_name(m, PRODUCT)
       y = m if self.read.bias is None else m + self.read.bias[...].astype(m.dtype)[None, None]
       y = y if self.skip is None else y + self.skip(x)
       return ACTIVATIONS[self.hidden_activation](y), LMUState(memory, ())

@@ -84,6 +84,7 @@ class SpikingLMU(SequenceModule):
     return SpikingLMUState(memory, tuple(n.init_state(batch_size) for n in self._neurons()))
 
   def __call__(self, x, state=None, *, form="parallel", reset=None, mask=None, rngs=None, ahead=0):
+    before = None if state is None else state.memory
     state = self.init_state(x.shape[0]) if state is None else state
     potentials = []
 
@@ -109,7 +110,7 @@ class SpikingLMU(SequenceModule):
     if self.input_neuron is not None:
       x = fire(self.input_neuron, self.input_norm(x, **batch))
     u = fire(self.write_neuron, self.input(x, **batch))
-    m, memory = answer_ahead(remember, ahead, state.memory, u, reset, mask)
+    m, memory = answer_ahead(remember, ahead, before, u, reset, mask)
     m = self.memory_norm(m.reshape(*x.shape[:2], -1), **batch)
     z = fire(self.memory_neuron, m)
     h = self.hidden(jnp.concatenate([z, x.astype(z.dtype)], axis=-1), **batch)

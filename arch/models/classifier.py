@@ -149,7 +149,8 @@ class Classifier(SequenceModule):
     if self._sees_all():
       return self._run_whole(x, state, form, reset, mask, rngs)
     first = self.init_state(len(state.count) if x is None else x.shape[0])
-    state = first if state is None else state
+    starts = state is None
+    state = first if starts else state
     if x is None:
       x = jnp.zeros((len(state.count), 0, self.stem.in_features), first.total.dtype)
     (b, t), given = x.shape[:2], mask
@@ -181,7 +182,8 @@ class Classifier(SequenceModule):
     if self.lookahead:
       given = given & (index >= self.lookahead)
       current = current & given
-    x, stack = self.stack(x, state.stack, mask=given, **keywords)
+    # Some forms have less to do where nothing came before.
+    x, stack = self.stack(x, None if starts else state.stack, mask=given, **keywords)
     if self.norm is not None:
       x = self.norm(x)
     neuron = ()

@@ -154,9 +154,9 @@ class LMUFormerBlock(SequenceModule):
     return BlockState(self.mixer.init_state(batch_size), self.feed_forward.init_state(batch_size))
 
   def __call__(self, x, state=None, *, rngs=None, **options):
-    state = self.init_state(x.shape[0]) if state is None else state
     after = []
-    for part, before in zip((self.mixer, self.feed_forward), state, strict=True):
+    states = (None, None) if state is None else state
+    for part, before in zip((self.mixer, self.feed_forward), states, strict=True):
       y, own = part(x, before, rngs=rngs, **options)
       x = x + self.dropout(y, rngs=rngs, deterministic=rngs is None)
       after.append(own)

@@ -75,8 +75,9 @@ class Stack(SequenceModule):
   its state is `Scanned`. `scan=False` keeps and compiles every layer by itself, which on a CPU
   and for decoding is several times faster; its state is a tuple.
   Both start from the same values for the same `rngs`, and `arch.layout` converts between them.
-  `remat` names one of `REMAT_POLICIES`. Keyword arguments that it does not know are the blocks',
-  the same for all.
+  `remat` names one of `REMAT_POLICIES`. While `measuring` is true, statistics that blocks keep of a
+  call are kept in evaluation too. Keyword arguments that it does not know are the blocks', the same
+  for all.
   """
 
   measuring: bool = False  # statistics are kept in evaluation too
@@ -93,6 +94,7 @@ class Stack(SequenceModule):
     if remat not in REMAT_POLICIES:
       raise ValueError(f"remat is {remat!r}, expected one of {', '.join(REMAT_POLICIES)}")
     self.num_layers, self.scan, self.remat = num_layers, scan, remat
+    self.measuring = False
     stacked = nnx.vmap(make_block)(rngs.split(num_layers))
     copy_traits(self, stacked)
     if scan:
