@@ -41,6 +41,13 @@ def causal(name):
   return name
 
 
+@pytest.fixture(autouse=True)
+def narrowest_and_widest(request, name):
+  """What those that stand for an architecture keep in float32, its variants are not asked again."""
+  if SUBJECTS[name].slow and request.node.callspec.params.get("dtype") == "float32":
+    pytest.skip("a variant")
+
+
 @pytest.fixture
 def rounded(name, dtype):
   """For laws of results that are alike but for rounding."""

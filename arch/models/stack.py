@@ -80,7 +80,7 @@ class Stack(SequenceModule):
   for all.
   """
 
-  measuring: bool = False  # statistics are kept in evaluation too
+  measuring: bool = False
 
   def __init__(
     self,
@@ -94,7 +94,6 @@ class Stack(SequenceModule):
     if remat not in REMAT_POLICIES:
       raise ValueError(f"remat is {remat!r}, expected one of {', '.join(REMAT_POLICIES)}")
     self.num_layers, self.scan, self.remat = num_layers, scan, remat
-    self.measuring = False
     stacked = nnx.vmap(make_block)(rngs.split(num_layers))
     copy_traits(self, stacked)
     if scan:
