@@ -73,8 +73,8 @@ def causal_depthwise_conv(
   shifts, tail = causal_shifts(x, taps.shape[0] - 1, tail=tail, reset=reset, mask=mask)
   dtype = jnp.promote_types(x.dtype, jnp.float32)
   y = jnp.zeros(x.shape, dtype)
-  for tap, shifted in zip(taps, shifts, strict=True):
-    y += tap.astype(dtype)[None, None] * shifted.astype(dtype)
+  for s, shifted in enumerate(shifts):
+    y += taps[s].astype(dtype)[None, None] * shifted.astype(dtype)
   return y.astype(x.dtype), tail
 
 

@@ -3,6 +3,7 @@
 import gc
 import os
 import re
+from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
@@ -35,6 +36,24 @@ settings.register_profile(
 )
 settings.register_profile("thorough", max_examples=100, **COMMON)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
+
+
+def pytest_runtest_teardown():
+  """Programs compiled for some thousand tests would fill the memory: drops them every 2 GB."""
+  global kept_bytes
+  if resident_bytes() > kept_bytes + 2**31:
+    jax.clear_caches()
+    gc.collect()
+    kept_bytes = resident_bytes()
+
+
+def resident_bytes() -> int:
+  """Memory of this process; 0 where Linux does not tell."""
+  statm = Path("/proc/self/statm")
+  return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if statm.exists() else 0
+
+
+kept_bytes = 2**30
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -181,9 +181,18 @@ def lmuformer(**options):
 
 
 def awake(model):
-  """A model whose neurons spike: what its batch norms give out is about as large as a threshold."""
+  """A model that no token is lost in.
+
+  Its neurons spike: what batch norms give out is about as large as a threshold. Of rectifiers there
+  are pairs of opposite sign.
+  """
+  if model.variant == "plain":
+    for layer in model.stem.convs:
+      half = layer.kernel[..., : layer.out_features // 2]
+      layer.kernel[...] = jnp.concatenate([half, -half], axis=-1)
+    return model
   for _, norm in nnx.iter_graph(model):
-    if isinstance(norm, BatchNorm) and model.variant != "plain":
+    if isinstance(norm, BatchNorm):
       norm.scale[...] = jnp.full_like(norm.scale[...], 4.0)
       norm.bias[...] = jnp.full_like(norm.bias[...], 1.0)
   return model
