@@ -16,7 +16,7 @@ LMU, LMU_KERNELS = "kernels/lmu/xla.py", "tests/test_kernels_lmu.py"
 
 class Fault(NamedTuple):
   name: str
-  kind: str  # retention, attention, hypermixing, lmu, positions, packing, padding or training
+  kind: str  # what it is about; faults of a kind are tested together
   file: str
   old: str
   new: str
@@ -470,5 +470,95 @@ FAULTS = [
     "y, state = call(state, *(None if a is None else a[:, kept:] for a in tokens))",
     "tests/test_mixers_lmu.py",
     "ahead and published",
+  ),
+  Fault(
+    "residual not delayed",
+    "lmuformer",
+    "arch/layers/conv_stem.py",
+    "residual = seen[..., self.d_model : 2 * self.d_model]",
+    "residual = seen[..., : self.d_model]",
+    "tests/test_interop_lmuformer.py",
+    "published_logits and float64-eval_40-parallel",
+  ),
+  Fault(
+    "frames behind the last one are not zero",
+    "lmuformer",
+    "arch/layers/conv_stem.py",
+    "there = (index >= delay) & (index < (count + delay)[:, None])",
+    "there = index >= delay",
+    "tests/test_interop_lmuformer.py",
+    "published_logits and float64-eval_40-parallel",
+  ),
+  Fault(
+    "frames before the first one are not zero",
+    "lmuformer",
+    "arch/layers/conv_stem.py",
+    "there = real(i + 1) if self.lookahead else mask",
+    "there = real(0) if self.lookahead else mask",
+    "tests/test_interop_lmuformer.py",
+    "published_logits and float64-eval_40-parallel",
+  ),
+  Fault(
+    "features before the first frame enter the mean",
+    "lmuformer",
+    "arch/models/classifier.py",
+    "given = given & (index >= self.lookahead)",
+    "given = given & (index >= self.lookahead - 1)",
+    "tests/test_interop_lmuformer.py",
+    "frame_by_frame and eval_40-float64",
+  ),
+  Fault(
+    "a reset leaves the mean",
+    "lmuformer",
+    "arch/models/classifier.py",
+    '**restart_rows({"total": state.total}, {"total": first.total}, last >= 0)',
+    "total=state.total",
+    "tests/test_models_lmuformer.py",
+    "documents_features and plain-causal",
+  ),
+  Fault(
+    "potentials move at padding",
+    "lmuformer",
+    "arch/mixers/spiking_lmu.py",
+    "x, v = neuron(x, v, reset=reset, mask=mask, ahead=ahead, rngs=rngs)",
+    "x, v = neuron(x, v, reset=reset, ahead=ahead, rngs=rngs)",
+    "tests/test_models_lmuformer.py",
+    "bit_for_bit and spiking_ms-same",
+  ),
+  Fault(
+    "statistics are of padding too",
+    "lmuformer",
+    "arch/layers/batch_norm.py",
+    "count = real.sum().astype(x.dtype)",
+    "count = jnp.asarray(real.size, x.dtype)",
+    "tests/test_interop_lmuformer.py",
+    "padding_does_not_enter and train_24",
+  ),
+  Fault(
+    "the running variance is the biased one",
+    "lmuformer",
+    "arch/layers/batch_norm.py",
+    "unbiased = squares / jnp.maximum(count - 1, 1)",
+    "unbiased = squares / jnp.maximum(count, 1)",
+    "tests/test_interop_lmuformer.py",
+    "published_training and train_24-parallel",
+  ),
+  Fault(
+    "folding forgets the mean",
+    "lmuformer",
+    "arch/layers/normed.py",
+    "bias = (before - norm.mean[...]) * gain + norm.bias[...]",
+    "bias = before * gain + norm.bias[...]",
+    "tests/test_models_lmuformer.py",
+    "folded and 1-plain-causal",
+  ),
+  Fault(
+    "a block keeps the state it began with",
+    "lmuformer",
+    "arch/models/lmuformer.py",
+    "after.append(own)\n    return x, BlockState(*after)",
+    "after.append(before)\n    return x, BlockState(*after)",
+    "tests/test_interop_lmuformer.py",
+    "frame_by_frame and eval_40-float64",
   ),
 ]

@@ -210,7 +210,7 @@ def _memory(layer: LMU | SpikingLMU, call: Call) -> Count:
   if call.form == "chunkwise":
     return _pieces(layer, call, layer.chunk_size)
   if fastest_method(t) == "gemm":
-    return _pieces(layer, call, t)
+    return _pieces(layer, call, layer.chunk_size if call.context else t)
   if call.training and call.packed:
     return _pieces(layer, call, layer.chunk_size)
   length, frequencies = _transformed(t)

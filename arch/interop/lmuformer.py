@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import numpy as np
 from flax import nnx
 
@@ -16,7 +17,6 @@ from .checkpoint import (
   Weight,
   convert,
   expect,
-  param_dtype,
   read_config,
   require,
   revert,
@@ -56,7 +56,8 @@ def from_lmuformer(
       which the code has as 128. Its other arguments change nothing or only the length it takes.
       For the cells `"LMUFFTCell"` and `"LMUCell"` see `cell_from_lmuformer`.
     params: the state dict as NumPy arrays, with `module.` before all names or without. The order of
-      the memories is read off it. A buffer `A` that is there must be that of `theta`.
+      the memories is read off it. A buffer `A` that is there must be that of `theta`. Held in
+      float32, or where JAX has it enabled in float64, unless `param_dtype` is given.
     **options: passed to the model: `chunk_size`, `scan_layers`, `dtype`, `param_dtype`, ...
 
   Raises:
@@ -87,7 +88,8 @@ def from_lmuformer(
     kept[name] = array
   if variant == "plain":
     kept = _split(kept, order)
-  made = {"param_dtype": param_dtype(kept), **options}
+  widest = jax.dtypes.canonicalize_dtype(np.float64).name
+  made = {"param_dtype": widest, **options}
 
   def make():
     return LMUFormer(

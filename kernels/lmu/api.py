@@ -40,9 +40,10 @@ def lmu(
 
   `m` are the coefficients of the last `theta` inputs in shifted Legendre polynomials; see `tables`
   for `Abar` and `Bbar`. The parallel form is a convolution with the impulse response (Chilkuri and
-  Eliasmith, ICML 2021), by FFT or as a product of matrices; where documents begin, and it would be
-  an FFT, it is the chunkwise one. That is products within chunks and powers of `Abar` between them;
-  the recurrent form takes one token after another.
+  Eliasmith, ICML 2021), by FFT or as a product of matrices. Where documents begin and it would be
+  an FFT, or it would be a product and goes on from a state, it is the chunkwise form. That is
+  products within chunks and powers of `Abar` between them; the recurrent form takes one token
+  after another.
 
   Args:
     u: inputs, one number for each channel.
@@ -62,7 +63,7 @@ def lmu(
     form: which algorithm.
     method: of the parallel form, `"gemm"` or `"fft"`; `None` chooses by length and platform. By
       FFT, outputs before a token depend on it by rounding (1e-7 of the largest input).
-    chunk_size: tokens in a chunk; the parallel and recurrent forms ignore it.
+    chunk_size: tokens in a chunk; the recurrent form ignores it.
 
   Returns:
     The memory of every token, or what is read of it, and the final memory. They are held in the
@@ -141,9 +142,9 @@ def _parallel(u, tables, state, begins, total, kernel, method, chunk_size):
     )
     convolve = xla.convolve_summed if method == "fft" else xla.multiply_summed
     return convolve(u, response).astype(kernel.dtype), xla.last(u, tables, total)
-  if method == "gemm":
-    m = xla.pieces(u, tables, state, begins, t)
-  elif begins is not None:
+  if method == "gemm" and state is None:
+    m = xla.pieces(u, tables, None, begins, t)
+  elif method == "gemm" or begins is not None:  # all powers up to t would be a large table
     m = xla.pieces(u, tables, state, begins, chunk_size)
   else:
     m = xla.convolve(u, tables.impulse_response(t)[:, None])
