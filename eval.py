@@ -4,6 +4,7 @@ python eval.py --workdir=runs/tiny --form=recurrent --json=result.json
 python eval.py --workdir=runs/tiny --task=positions --text=book.txt --picture=result.png
 python eval.py --workdir=runs/tiny --task=generate --prompt="def main("
 python eval.py --workdir=runs/lmu_psmnist --split=validation
+python eval.py --workdir=runs/lmuformer_tones_tiny --json=result.json --picture=result.png
 """
 
 import json
@@ -34,7 +35,7 @@ SPLIT = flags.DEFINE_enum("split", "test", ["test", "validation"], "accuracy: on
 JSON = flags.DEFINE_string("json", None, "to measure: write the result to this file as well")
 
 WINDOW = flags.DEFINE_integer("window", None, "positions: of the sliding window; default seq_len")
-PICTURE = flags.DEFINE_string("picture", None, "positions: draw the result to this file")
+PICTURE = flags.DEFINE_string("picture", None, "positions, accuracy: draw it to this file")
 
 PROMPT = flags.DEFINE_string("prompt", None, "generate: the text to continue")
 PROMPT_FILE = flags.DEFINE_string("prompt_file", None, "generate: a file with it, - for stdin")
@@ -56,7 +57,8 @@ TASKS = {
   **dict.fromkeys(("form", "json"), ("loss", "positions", "accuracy")),
   **dict.fromkeys(("text",), ("loss", "positions")),
   **dict.fromkeys(("split",), ("accuracy",)),
-  **dict.fromkeys(("window", "picture"), ("positions",)),
+  **dict.fromkeys(("picture",), ("positions", "accuracy")),
+  **dict.fromkeys(("window",), ("positions",)),
   **dict.fromkeys(("prompt", "prompt_file", "max_new_tokens"), ("generate",)),
   **dict.fromkeys(("temperature", "top_k", "top_p", "seed"), ("generate",)),
 }
@@ -106,19 +108,29 @@ def loss() -> int:
   model, documents, tokenizer, options = _measured()
   result = {**evaluate(model, documents, tokenizer, **options), "form": options["form"]}
   _tell(result)
+  _write(result)
   return 0
 
 
 def accuracy() -> int:
-  from triform.arch.evaluation import evaluate_classifier
+  from triform.arch.classifier_report import classifier_report, draw, table
+  from triform.arch.loss_by_position import import_pyplot
   from triform.arch.training.tasks.classification import load_examples
 
+  if PICTURE.value is not None:
+    import_pyplot()  # or it would be missed after all the work
   config = CONFIG.value
   model, labels = load(WORKDIR.value, step=STEP.value, best=BEST.value, config=config)
-  examples = load_examples(config.data, labels).examples(SPLIT.value)
+  data = load_examples(config.data, labels)
   options = {"batch_size": config.eval.batch_size, "form": FORM.value or config.eval.form}
-  result = evaluate_classifier(model, examples, **options)
-  _tell({**result, "split": SPLIT.value, "form": options["form"]})
+  result = classifier_report(model, data.examples(SPLIT.value), data.labels, **options)
+  result |= {"split": SPLIT.value, "form": options["form"]}
+  first = ("loss", "accuracy", "interval", "examples", "split", "form")
+  _tell({name: result[name] for name in first})
+  print(table(result))
+  _write(result)
+  if PICTURE.value is not None:
+    draw(result, PICTURE.value)
   return 0
 
 
@@ -152,12 +164,10 @@ def _measured() -> tuple:
 
 
 def _tell(result: dict) -> None:
-  """Prints a result, and writes it."""
   for name, value in result.items():
     values = value if isinstance(value, tuple) else (value,)
     shown = " to ".join(f"{v:,.6g}" if isinstance(v, float) else str(v) for v in values)
     print(f"{name:<14}  {shown}")
-  _write(result)
 
 
 def _write(result: dict) -> None:

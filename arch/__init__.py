@@ -18,6 +18,7 @@ from .mixers.lmu import LMU, LMUState
 from .mixers.retention import Retention, RetentionState
 from .models import build
 from .models.classifier import Classifier
+from .models.encoder import Encoder
 from .models.hybrid import Hybrid
 from .models.hypermixer import HyperMixer, HyperMixerClassifier
 from .models.language_model import LanguageModel
@@ -35,6 +36,7 @@ __all__ = [
   "Block",
   "CausalHyperMixing",
   "Classifier",
+  "Encoder",
   "Hybrid",
   "HyperMixer",
   "HyperMixerClassifier",

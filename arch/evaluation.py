@@ -161,7 +161,7 @@ def wilson_interval(right: int, total: int) -> tuple[float, float]:
   scale = 1 + z**2 / total
   middle = (share + z**2 / (2 * total)) / scale
   half = z / scale * math.sqrt(share * (1 - share) / total + (z / (2 * total)) ** 2)
-  return middle - half, middle + half
+  return max(middle - half, 0.0), min(middle + half, 1.0)
 
 
 def _padded(examples: Rows, indices: range, batch_size: int) -> Batch:

@@ -20,7 +20,7 @@ AXES = ("data", "fsdp")
 # its last axes. The model's width is divided, which other matrices all have.
 RULES = (
   (r"w[12]/(input|output)/kernel$", ("fsdp", None, None)),  # one matrix a head: heads are divided
-  (r"convs/\d+/(linear/)?kernel$", (None, "fsdp")),  # of inputs of any width
+  (r"convs/\d+/(linear/)*kernel$", (None, "fsdp")),  # of inputs of any width
   (r"embedding/embedding$", (None, "fsdp")),
   (r"output/kernel$", (None, "fsdp")),
   (r"kernel$", ("fsdp", None)),

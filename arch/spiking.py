@@ -13,6 +13,7 @@ from flax import nnx
 from .interface import Form, SequenceModule
 from .layers.batch_norm import BatchNorm
 from .layers.conv_stem import TAPS
+from .layers.frequency_conv import FrequencyConv, halved
 from .layers.linear import Linear
 from .layers.normed import NormedLinear
 from .layers.spiking import LIF
@@ -196,12 +197,20 @@ class _Ledger:
     for width, spikes in inputs:
       self.add(name, width * layer.out_features, spikes)
 
+  def convolution(self, name: str, layer: Linear | FrequencyConv | NormedLinear, spikes):
+    if isinstance(layer, NormedLinear):
+      self.norm(f"{name}/norm", layer.norm)
+      layer, name = layer.linear, f"{name}/linear"
+    windows = halved(layer.bins) if isinstance(layer, FrequencyConv) else 1
+    linear = layer.linear if isinstance(layer, FrequencyConv) else layer
+    self.add(name, windows * linear.in_features * linear.out_features, spikes)
+
 
 def _stem(ledger, stem):
   """The spikes of what comes out of it, as of all below."""
   x = None
   for i, conv in enumerate(stem.convs):
-    ledger.linear(f"stem/convs/{i}", conv, (TAPS * (stem.d_model if i else stem.in_features), x))
+    ledger.convolution(f"stem/convs/{i}", conv, x)
     x = ledger.rate(f"stem/neurons/{i}") if i < len(stem.neurons) else None
   for i, norm in enumerate(stem.norms):
     ledger.norm(f"stem/norms/{i}", norm)

@@ -27,14 +27,30 @@ def causal_shifts(
   b, t, d = x.shape
   if tail is None:
     tail = jnp.zeros((b, before, d), x.dtype)
-  # The inputs one after another without padding; `count` real ones up to each token.
+  kept, tail = tail.dtype, tail.astype(x.dtype)
+
+  def in_place(x):
+    """The inputs one after another without padding, and shifted."""
+    inputs = jnp.concatenate([tail, x], axis=1)
+    return inputs, [inputs[:, before - s : before - s + t] for s in range(before + 1)]
+
+  def gathered(x):
+    x = _take(x, jnp.argsort(~mask, axis=1, stable=True))
+    inputs = jnp.concatenate([tail, x], axis=1)
+    return inputs, [
+      _take(inputs, jnp.maximum(before + count - 1 - s, 0)) for s in range(before + 1)
+    ]
+
+  # `count` real inputs up to each token.
   if mask is None:
     count = jnp.broadcast_to(jnp.arange(1, t + 1), (b, t))
-    inputs = x
+    inputs, shifts = in_place(x)
   else:
     count = jnp.cumsum(mask, axis=1)
-    inputs = _take(jnp.where(mask[..., None], x, 0), jnp.argsort(~mask, axis=1, stable=True))
-  inputs = jnp.concatenate([tail.astype(x.dtype), inputs], axis=1)
+    # Padding is at the end as a rule, where nothing has to be moved, which CPUs are slow at.
+    at_end = jnp.all(mask[:, 1:] <= mask[:, :-1])
+    x = jnp.where(mask[..., None], x, 0)
+    inputs, shifts = jax.lax.cond(at_end, in_place, gathered, x)
   first = jnp.zeros_like(count)  # the count at the first token of its document, if in this call
   if reset is not None:
     starts = reset if mask is None else reset & mask
@@ -43,18 +59,12 @@ def causal_shifts(
   def inside(count, first):
     return ((first == 0) | (count >= first))[..., None]
 
-  shifts = []
-  for s in range(before + 1):
-    if mask is None:
-      shifted = inputs[:, before - s : before - s + t]
-    else:
-      shifted = _take(inputs, jnp.maximum(before + count - 1 - s, 0))
-    shifts.append(jnp.where(inside(count - s, first), shifted, 0))
-
+  if reset is not None:
+    shifts = [jnp.where(inside(count - s, first), x, 0) for s, x in enumerate(shifts)]
   after = count[:, -1:] + jnp.arange(before)[None]
   new = _take(inputs, after)
   new = jnp.where(inside(after - before + 1, first[:, -1:]), new, 0)
-  return shifts, new.astype(tail.dtype)
+  return shifts, new.astype(kept)
 
 
 @jax.named_scope("convolution")

@@ -24,7 +24,9 @@ gc.set_threshold(100_000, 50, 100)  # tracing makes millions of objects, few of 
 
 DRAWN = r"(-parallel|-chunkwise|-recurrent|-\(\d+, \d+\))?(-b?float\d+)?"
 LAW = re.compile(rf"test_laws.py::.*\[(.*?){DRAWN}\]$")
-SHARES_A_FIXTURE = re.compile(r"(test_sharding|test_export|test_programs)\.py::")
+SHARES_A_FIXTURE = re.compile(
+  r"(test_sharding|test_export|test_programs|test_streaming|test_data_speech)\.py::"
+)
 COMMON = {"deadline": None, "suppress_health_check": list(HealthCheck)}
 settings.register_profile(
   "quick",

@@ -124,16 +124,16 @@ def prepared_builder(name: str, folder: Path) -> tfds.core.DatasetBuilder:
   # The copies that Google keeps are of a format that only TensorFlow reads.
   config = tfds.download.DownloadConfig(try_download_gcs=False)
   with explained(f"cannot download and prepare the TFDS set {name!r}"):
-    return _prepared(make_builder, download_config=config)
+    return prepared(make_builder, download_config=config)
 
 
 def stdlib_builder(folder: Path) -> tfds.core.DatasetBuilder:
   """The default corpus, prepared in `folder`."""
   tfds.disable_progress_bar()
-  return _prepared(lambda: PythonStdlib(data_dir=folder))
+  return prepared(lambda: PythonStdlib(data_dir=folder))
 
 
-def _prepared(
+def prepared(
   make_builder: Callable[[], tfds.core.DatasetBuilder], **options
 ) -> tfds.core.DatasetBuilder:
   with _quiet():

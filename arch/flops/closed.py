@@ -18,12 +18,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from ..layers.audio import FrontEnd, rows_at_once
 from ..layers.feed_forward import FeedForward, GatedFeedForward
 from ..layers.linear import Linear
 from ..layers.norm import RMSNorm
 from ..models.classifier import Classifier, TokenEmbedding
 from ..models.language_model import LanguageModel
 from ..models.stack import Block, Group, PatternStack, Stack
+from .walk import fft_flops
 from .work import Call, Count, Work
 
 BEFORE_0_11 = jax.__version_info__ < (0, 11)  # JAX, which has other derivatives since
@@ -213,14 +215,38 @@ def _(model: Classifier, call: Call) -> Count:
   With look-ahead a call answers as if nothing followed: the program has that many tokens more,
   though what they push out are no more than the call's own.
   """
-  ahead = 0 if call.causal else model.lookahead
-  t, d = call.length + ahead, model.d_model
+  heard, length = Count(), call.length
+  if model.front_end is not None:
+    heard, length = count(model.front_end, call), model.front_end.num_frames(length, call.context)
+  ahead = 0 if call.causal else model.stem.lookahead
+  t, d = length + ahead, model.d_model
   call = call._replace(length=t, packed=False, ahead=ahead)
-  counted = total(filter(None, (model.stem, model.stack, model.norm, model.neuron)), call)
+  counted = total(filter(None, (model.stem, model.stack, model.norm, model.neuron)), call) + heard
   mean = Count(Work(vector=t * d + d), Work(vector=d))
-  if model.causal or model.lookahead:  # added to what was heard before, in two pieces
+  if model.causal or model.stem.lookahead:  # added to what was heard before, in two pieces
     mean += Count(Work(vector=2 * d), Work(vector=t * d))
   return counted + mean + of_one(model.head, "logits")
+
+
+@count.register
+def _(layer: FrontEnd, call: Call) -> Count:
+  """Of samples, which have no gradient."""
+  analysis = layer.analysis
+  frames = layer.num_frames(call.length, call.context)
+  rows = -(-frames // rows_at_once()) * rows_at_once()
+  bins, filters = analysis.fft_size // 2 + 1, analysis.num_mel_bins
+  vector = 5 * analysis.window + 1 + 3 * bins + filters
+  matmul = 2 * bins * filters
+  if analysis.num_ceps is not None:
+    matmul += 2 * filters * analysis.num_ceps
+  one = Work(
+    matmul=matmul,
+    mixing=fft_flops(analysis.fft_size, real=True),
+    vector=vector,
+    transcendental=filters,
+  )
+  scaled = call.length + 2 * frames * analysis.num_features
+  return Count(one * rows + Work(vector=scaled))
 
 
 def of_one(layer: Linear, kind: str = "matmul") -> Count:

@@ -7,6 +7,7 @@ not.
 
 from ..layers.batch_norm import BatchNorm
 from ..layers.conv_stem import ConvStem
+from ..layers.frequency_conv import FrequencyConv, halved
 from ..layers.linear import Linear
 from ..layers.normed import NormedLinear
 from ..layers.spiking import LIF
@@ -26,7 +27,6 @@ from .closed import (
   fan_out,
   spared,
   total,
-  without_input_gradient,
 )
 from .lmu import remembered, spared_convolution
 from .work import Call, Count, Work
@@ -75,6 +75,15 @@ def _(layer: NormedNeuron, call: Call) -> Count:
 
 
 @count.register
+def _(layer: FrequencyConv, call: Call) -> Count:
+  """A linear layer of every window; what is seen by several has a gradient of as many terms."""
+  windows = call.length * halved(layer.bins)
+  counted = count(layer.linear, call._replace(length=windows))
+  seen = windows * layer.linear.in_features
+  return counted + Count(backward=Work(vector=seen - call.length * layer.in_features))
+
+
+@count.register
 def _(stem: ConvStem, call: Call) -> Count:
   """Of given inputs, which have no gradient."""
   t, d = call.length, stem.d_model
@@ -87,17 +96,21 @@ def _(stem: ConvStem, call: Call) -> Count:
         counted += count(layer.norm, call)
     counted += _convolution(linear, call, given=i == 0)
   if stem.variant == "plain":
-    counted += Count(Work(vector=len(stem.convs) * t * d))
+    counted += Count(Work(vector=t * sum(stem.widths[1:])))
   # Gradients of shifted inputs and, with look-ahead, of the two pieces they are taken from.
-  windows, residual = len(stem.convs), t * d
-  window = 8 * t * d + 7 * d if call.ahead else 6 * t * d + 4 * d
+  for width in stem.widths[1:]:
+    window = 8 * t * width + 7 * width if call.ahead else 6 * t * width + 4 * width
+    counted += Count(backward=Work(vector=window))
+  residual = t * d
   if call.ahead:
     residual = 5 * t * d - 3 * d if stem.variant == "spiking_ms" else 3 * t * d
-  return counted + Count(backward=Work(vector=windows * window + residual))
+  return counted + Count(backward=Work(vector=residual))
 
 
-def _convolution(layer: Linear, call: Call, given: bool) -> Count:
-  counted = (without_input_gradient if given else count)(layer, call)
+def _convolution(layer: Linear | FrequencyConv, call: Call, given: bool) -> Count:
+  counted = count(layer, call)
+  if given:
+    counted = Count(counted.forward, Work(matmul=counted.forward.matmul))
   return Count(*(Work(convolution=w.matmul + w.vector) for w in counted.values()))
 
 

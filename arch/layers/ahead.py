@@ -12,10 +12,13 @@ def answer_ahead(
   ahead: int,
   state: Any,
   *tokens: jax.Array | None,  # [b, t, ...]
+  again: bool = False,
 ) -> tuple[jax.Array, Any]:
   """`y, state = call(state, *tokens)`, but with the state before the last `ahead` tokens.
 
   A model with look-ahead tells what it would answer if nothing more came, and goes on from before.
+  The tokens are called in two pieces, or, with `again`, all of them for `y`, those before once more
+  for the state: where little is computed, or no state is asked for.
   """
   if not ahead:
     return call(state, *tokens)
@@ -23,6 +26,9 @@ def answer_ahead(
   if not 0 < ahead <= length:
     raise ValueError(f"ahead is {ahead}, expected 0 to {length}, the tokens that there are")
   kept = length - ahead
+  if again and kept:
+    y, _ = call(state, *tokens)
+    return y, call(state, *(None if a is None else a[:, :kept] for a in tokens))[1]
   outputs = []
   if kept:
     y, state = call(state, *(None if a is None else a[:, :kept] for a in tokens))

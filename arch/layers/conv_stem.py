@@ -1,6 +1,8 @@
 """The convolutions that LMUFormer begins with."""
 
-from collections.abc import Callable
+import functools
+import itertools
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -12,11 +14,13 @@ from triform import kernels
 from ..interface import SequenceModule, State
 from .ahead import answer_ahead
 from .batch_norm import BatchNorm
+from .frequency_conv import FrequencyConv, halved
 from .linear import Linear
 from .normed import NormedLinear, uniform_init
 
 TAPS = 3
 NUM_CONVS = 4  # before the one of the residual, which waits for a frame as well
+BINS = (5, 3, 3)  # of frequency, that convolutions see which share their weights over it
 
 Padding = Literal["causal", "same"]
 Variant = Literal["plain", "spiking_ms", "spiking"]
@@ -43,6 +47,9 @@ class ConvStem(SequenceModule):
   convolution. The stem is then told by `frames` which frames there are: the index in its document
   of every token, uint32 `[b, t]`, and how many frames there are in all, `[b]`. Tokens with later
   indices push the last frames out; `ahead` of them, at the end, are left out of the state.
+
+  With `channels`, ours, the first convolutions share their weights over frequency too, see
+  `FrequencyConv`: so many channels for every second bin, then for every second of those, and so on.
   """
 
   def __init__(
@@ -52,6 +59,7 @@ class ConvStem(SequenceModule):
     *,
     variant: Variant,
     padding: Padding,
+    channels: Sequence[int] = (),
     make_neuron: Callable[[int], nnx.Module],
     dtype: Any,
     param_dtype: Any,
@@ -63,26 +71,42 @@ class ConvStem(SequenceModule):
     self.causal = padding == "causal"
     self.lookahead = 0 if self.causal else NUM_CONVS + 1
     self.dtype = jnp.dtype(param_dtype if dtype is None else dtype)
-    kinds = [NormedLinear] * NUM_CONVS
-    if variant == "plain":
-      kinds = [Linear] * NUM_CONVS
-    elif variant == "spiking_ms":
-      kinds[-1] = Linear  # what the residual adds is not normalised
-    widths = [in_features] + [d_model] * (NUM_CONVS - 1)
+    if len(channels) > len(BINS) or any(number < 1 for number in channels):
+      raise ValueError(
+        f"stem_channels is {tuple(channels)}, expected at most {len(BINS)} positive numbers"
+      )
+    widths = [in_features]
+    makers, bins = [Linear] * NUM_CONVS, in_features
+    for i, number in enumerate(channels):
+      makers[i] = functools.partial(FrequencyConv, frames=TAPS, bins=bins, width=BINS[i])
+      bins = halved(bins)
+      widths.append(bins * number)
+    # Of what the convolutions see, and the last gives.
+    self.widths = (*widths, *[d_model] * (NUM_CONVS - len(channels)))
+    # What the residual adds is not normalised.
+    normed = {"plain": 0, "spiking_ms": NUM_CONVS - 1, "spiking": NUM_CONVS}[variant]
     self.convs = nnx.List(
-      kind(TAPS * width, d_model, **options) for kind, width in zip(kinds, widths, strict=True)
+      NormedLinear(TAPS * width, out, make_linear=make, **options)
+      if i < normed
+      else make(TAPS * width, out, **options)
+      for i, (make, (width, out)) in enumerate(
+        zip(makers, itertools.pairwise(self.widths), strict=True)
+      )
     )
-    norms = {"plain": NUM_CONVS, "spiking_ms": 1, "spiking": 0}[variant]
-    self.norms = nnx.List(BatchNorm(d_model, **dtypes) for _ in range(norms))
+    norms = {"plain": self.widths[1:], "spiking_ms": [d_model], "spiking": []}[variant]
+    self.norms = nnx.List(BatchNorm(width, **dtypes) for width in norms)
     last = NormedLinear if variant == "spiking" else Linear
     self.position = last(TAPS * d_model, d_model, **options)
-    neurons = {"plain": 0, "spiking_ms": NUM_CONVS, "spiking": NUM_CONVS + 1}[variant]
-    self.neurons = nnx.List(make_neuron(d_model) for _ in range(neurons))
+    fired = {
+      "plain": [],
+      "spiking_ms": [*self.widths[1:-1], d_model],
+      "spiking": [*self.widths[1:], d_model],
+    }[variant]
+    self.neurons = nnx.List(map(make_neuron, fired))
 
   def init_state(self, batch_size, *, max_len=None):
-    widths = [self.in_features] + [self.d_model] * NUM_CONVS
     return ConvStemState(
-      tuple(jnp.zeros((batch_size, TAPS - 1, width), self.dtype) for width in widths),
+      tuple(jnp.zeros((batch_size, TAPS - 1, width), self.dtype) for width in self.widths),
       jnp.zeros((batch_size, 1, self.d_model), self.dtype) if self._delays() else (),
       tuple(neuron.init_state(batch_size) for neuron in self.neurons),
     )
@@ -123,7 +147,7 @@ class ConvStem(SequenceModule):
         shifts, tail = kernels.causal_shifts(x, TAPS - 1, tail=tail, reset=reset, mask=mask)
         return jnp.concatenate(shifts, axis=-1), tail
 
-      x, tail = answer_ahead(shift, ahead, state.tails[len(tails)], x, reset, mask)
+      x, tail = answer_ahead(shift, ahead, state.tails[len(tails)], x, reset, mask, again=True)
       tails.append(tail)
       return x
 
@@ -171,7 +195,7 @@ class ConvStem(SequenceModule):
       shifts, tail = kernels.causal_shifts(x, 1, tail=tail, mask=mask)
       return shifts[1], tail
 
-    return answer_ahead(shift, ahead, last, x, mask)
+    return answer_ahead(shift, ahead, last, x, mask, again=True)
 
 
 def _only(x, there):

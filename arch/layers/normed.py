@@ -1,5 +1,6 @@
 """Linear layers with batch normalisation behind them, which inference can do without."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,7 +12,7 @@ from .linear import Linear
 
 
 class NormedLinear(nnx.Module):
-  """`BatchNorm(W x + b)`."""
+  """`BatchNorm(W x + b)`, where `make_linear` makes the layer of the product."""
 
   def __init__(
     self,
@@ -20,12 +21,13 @@ class NormedLinear(nnx.Module):
     *,
     use_bias: bool = True,
     kernel_init: Any,
+    make_linear: Callable[..., nnx.Module] = Linear,
     dtype: Any,
     param_dtype: Any,
     rngs: nnx.Rngs,
   ):
     dtypes = {"dtype": dtype, "param_dtype": param_dtype}
-    self.linear = Linear(
+    self.linear = make_linear(
       in_features, out_features, use_bias=use_bias, kernel_init=kernel_init, **dtypes, rngs=rngs
     )
     self.norm = nnx.data(BatchNorm(out_features, **dtypes))
@@ -54,12 +56,13 @@ def fold_batch_norm(model: nnx.Module) -> nnx.Module:
       BatchNorm(W x + b) = W g x + (b - mean) g + bias,   g = scale / sqrt(var + epsilon)
 
   Convolutions are linear layers of a window here, and their zero padding comes before them, so
-  theirs fold exactly too; a norm behind an activation, or before a layer, stays. The copy does not
-  train as the model does.
+  theirs fold exactly too; a norm behind an activation, before a layer, or of more features than the
+  kernel has outputs (`FrequencyConv`), stays. The copy does not train as the model does.
   """
   model = nnx.clone(model)
   for _, module in list(nnx.iter_graph(model)):
-    if isinstance(module, NormedLinear) and module.norm is not None:
+    foldable = isinstance(module, NormedLinear) and isinstance(module.linear, Linear)
+    if foldable and module.norm is not None:
       module.fold()
   return model
 

@@ -1,7 +1,7 @@
 """Token mixers by name, for models whose layers have different ones."""
 
 from .attention import Attention, MultiDConvHeadAttention
-from .hypermixing import CausalHyperMixing
+from .hypermixing import CausalHyperMixing, HyperMixing
 from .lmu import LMU
 from .retention import Retention
 
@@ -13,6 +13,7 @@ def _lmu(d_model: int, *, num_heads: int, **options) -> LMU:
 
 MIXERS = {
   "attention": Attention,
+  "bidirectional_hypermixing": HyperMixing,
   "hypermixing": CausalHyperMixing,
   "lmu": _lmu,
   "mdha": MultiDConvHeadAttention,

@@ -1,14 +1,14 @@
 """Language models whose layers have different mixers."""
 
-import ast
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
 
-from ..closest import closest
-from ..layers.feed_forward import GatedFeedForward
+from ..calls import parse_calls
+from ..layers.feed_forward import FeedForward, GatedFeedForward
 from ..layers.norm import RMSNorm
 from ..mixers import MIXERS
 from .language_model import LanguageModel
@@ -59,30 +59,22 @@ class Hybrid(LanguageModel):
     rngs: nnx.Rngs,
   ):
     dtypes = {"dtype": jnp.dtype(dtype or param_dtype), "param_dtype": jnp.dtype(param_dtype)}
-    norm = functools.partial(RMSNorm, d_model, epsilon=eps, **dtypes)
-
-    def make_block(name: str, options: dict[str, Any], rngs: nnx.Rngs) -> Block:
-      options = {"num_heads": num_heads, **options}
-      if chunk_size is not None:
-        options = {"chunk_size": chunk_size, **options}
-      try:
-        mixer = MIXERS[name](d_model, **options, **dtypes, rngs=rngs)
-      except TypeError as error:  # an option that the mixer does not have
-        raise ValueError(f"pattern {pattern!r}: {error}") from error
-      return Block(
-        mixer_norm=norm(rngs=rngs),
-        mixer=mixer,
-        feed_forward_norm=norm(rngs=rngs),
-        feed_forward=GatedFeedForward(d_model, ffn_dim, activation=activation, **dtypes, rngs=rngs),
-        dropout=dropout,
-      )
-
     super().__init__(
-      [functools.partial(make_block, *one) for one in parse_pattern(pattern)],
+      block_makers(
+        pattern,
+        d_model,
+        num_heads=num_heads,
+        ffn_dim=ffn_dim,
+        activation=activation,
+        dropout=dropout,
+        eps=eps,
+        chunk_size=chunk_size,
+        **dtypes,
+      ),
       vocab_size=vocab_size,
       d_model=d_model,
       num_layers=num_layers,
-      norm=norm(rngs=rngs),
+      norm=RMSNorm(d_model, epsilon=eps, **dtypes, rngs=rngs),
       embedding_scale=d_model**0.5,
       embedding_init=nnx.initializers.normal(d_model**-0.5),
       tie_embeddings=tie_embeddings,
@@ -93,29 +85,48 @@ class Hybrid(LanguageModel):
     )
 
 
+def block_makers(
+  pattern: str,
+  d_model: int,
+  *,
+  num_heads: int,
+  ffn_dim: int,
+  activation: str,
+  gated: bool = True,
+  dropout: float,
+  eps: float,
+  chunk_size: int | None,
+  **dtypes: Any,
+) -> list[Callable[[nnx.Rngs], Block]]:
+  """What makes the blocks of a pattern; see `Hybrid` and, for `gated`, `Encoder`."""
+  norm = functools.partial(RMSNorm, d_model, epsilon=eps, **dtypes)
+  feed_forward = GatedFeedForward if gated else FeedForward
+
+  def make_block(name: str, options: dict[str, Any], rngs: nnx.Rngs) -> Block:
+    options = {"num_heads": num_heads, **options}
+    if chunk_size is not None:
+      options = {"chunk_size": chunk_size, **options}
+    try:
+      mixer = MIXERS[name](d_model, **options, **dtypes, rngs=rngs)
+    except TypeError as error:  # an option that the mixer does not have
+      raise ValueError(f"pattern {pattern!r}: {error}") from error
+    return Block(
+      mixer_norm=norm(rngs=rngs),
+      mixer=mixer,
+      feed_forward_norm=norm(rngs=rngs),
+      feed_forward=feed_forward(d_model, ffn_dim, activation=activation, **dtypes, rngs=rngs),
+      dropout=dropout,
+    )
+
+  return [functools.partial(make_block, *one) for one in parse_pattern(pattern)]
+
+
 def parse_pattern(pattern: str) -> list[tuple[str, dict[str, Any]]]:
   """Names of mixers and their options, `"retention(decay='gated'), attention"`.
 
   Written as calls in Python, with constants for arguments.
   Raises `ValueError` for any other text and for a mixer that there is not.
   """
-  try:
-    calls = ast.parse(f"[{pattern}]", mode="eval").body.elts
-    parsed = [
-      (call.func.id, {word.arg: ast.literal_eval(word.value) for word in call.keywords})
-      if isinstance(call, ast.Call) and not call.args
-      else (call.id, {})
-      for call in calls
-    ]
-  except (SyntaxError, AttributeError, ValueError):
-    parsed = []
-  if not parsed:
-    raise ValueError(
-      f"pattern is {pattern!r}, expected text such as retention, attention(window=8)"
-    )
-  for name, _ in parsed:
-    if name not in MIXERS:
-      guess = closest(name, sorted(MIXERS))
-      hint = f"did you mean {guess!r}?" if guess else f"expected one of {', '.join(MIXERS)}"
-      raise ValueError(f"pattern {pattern!r} has the unknown mixer {name!r}; {hint}")
-  return parsed
+  return parse_calls(
+    pattern, MIXERS, option="pattern", kind="mixer", example="retention, attention(window=8)"
+  )

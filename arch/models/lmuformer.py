@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from ..interface import SequenceModule, State, copy_traits
+from ..layers.audio import make_front_end
 from ..layers.batch_norm import BatchNorm
 from ..layers.conv_stem import ConvStem, Padding, Variant
 from ..layers.linear import Linear
@@ -40,9 +41,13 @@ class LMUFormer(Classifier):
   `mlp_ratio * d_model` hidden units.
 
   Args:
+    front_end: makes frames of audio, and inputs are samples `[b, n]`: `"fbank"`, or `"mfcc"`, with
+      options as in `"fbank(frame_shift=20.0)"`, see `make_front_end`.
     padding: of the convolutions: `"causal"`, ours, or `"same"`, as published. With that a call
       gives the published logits of everything heard so far, however it was cut, `lookahead` is 5
       frames, and `encode` gives features five frames late; see `Classifier`.
+    stem_channels: of the first convolutions, which then share their weights over frequency, ours;
+      none as published.
     order: of the memories; as published d_model, or 2 d_model in spiking variants.
     theta: length of their window in frames.
     memory_channels: of every memory; 1 as published.
@@ -54,6 +59,7 @@ class LMUFormer(Classifier):
   def __init__(
     self,
     *,
+    front_end: str | None = None,
     in_features: int = 128,
     num_classes: int = 35,
     d_model: int = 256,
@@ -61,6 +67,7 @@ class LMUFormer(Classifier):
     mlp_ratio: int = 4,
     variant: Variant = "plain",
     padding: Padding = "causal",
+    stem_channels: tuple[int, ...] = (),
     order: int | None = None,
     theta: float = 128.0,
     memory_channels: int = 1,
@@ -109,11 +116,13 @@ class LMUFormer(Classifier):
         d_model,
         variant=variant,
         padding=padding,
+        channels=stem_channels,
         make_neuron=make_neuron,
         **dtypes,
         rngs=rngs,
       ),
       Stack(make_block, num_layers, scan=scan, remat=remat, rngs=rngs),
+      front_end=front_end and make_front_end(front_end, in_features, dtypes["dtype"]),
       neuron=neuron,
       d_model=d_model,
       num_classes=num_classes,

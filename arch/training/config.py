@@ -1,5 +1,6 @@
 """The configuration every file in `configs/` starts from."""
 
+import dataclasses
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -7,17 +8,19 @@ from ml_collections.config_dict import placeholder
 
 from ..models import fields
 from ..models.registry import find
+from .augmentation import Augmentation
 
 
-def default_config(**model) -> ConfigDict:
+def default_config(data: str | None = None, **model) -> ConfigDict:
   """All fields of a run with their defaults.
 
   `model` names the architecture and its options; those it leaves out are added, so that they can be
-  overridden. What the architecture is trained for decides which fields there are.
+  overridden. What the architecture is trained for decides which fields there are, and of a
+  classifier its data set: `"mnist"`, `"speech"` or `"tones"`.
   """
   options = fields(model)
   architecture = find(model["architecture"])
-  task = {"language": _language, "classification": _classification}[architecture.task]()
+  task = _language() if architecture.task == "language" else _classification(data or "mnist")
   evaluation = task.pop("eval")
   return ConfigDict(
     {
@@ -38,9 +41,9 @@ def default_config(**model) -> ConfigDict:
       "optimizer": {
         "name": "adamw",  # or lion, adafactor
         "learning_rate": 1e-3,  # at its peak
-        "schedule": "cosine",  # or linear, rsqrt
+        "schedule": "cosine",  # or linear, exponential, rsqrt
         "warmup_steps": 100,  # linear from 0; at most a tenth of all steps
-        "final_fraction": 0.1,  # of the peak, where cosine and linear end
+        "final_fraction": 0.1,  # of the peak, where all but rsqrt end
         "b1": 0.9,
         "b2": 0.98,
         "eps": 1e-8,
@@ -93,18 +96,44 @@ def _language() -> dict[str, Any]:
   }
 
 
-def _classification() -> dict[str, Any]:
+def _classification(data: str) -> dict[str, Any]:
   """What only classifiers of sequences have."""
+  sections = {"mnist": _MNIST, "speech": _SPEECH, "tones": _TONES}
+  if data not in sections:
+    raise ValueError(f"data is {data!r}, expected one of {', '.join(sections)}")
+  audio = {} if data == "mnist" else {"augment": dataclasses.asdict(Augmentation())}
   return {
     "data": {
-      "name": "mnist",
-      "path": placeholder(str),  # the folder with the data set's files
-      "held_out": 5000,  # examples at the end of those to train on that are evaluated on instead
-      "permutation_seed": placeholder(int),  # of the order of the pixels; default row by row
+      "name": data,
+      **sections[data],
       "workers": 0,  # processes that read batches ahead; 0: threads
     },
+    "objective": "softmax",  # or sigmoid: every class by itself
     "label_smoothing": 0.0,  # share of the targets that is divided among all classes
+    **audio,  # what is done to clips in training, see `Augmentation`
     "eval": {
       "batch_size": 100,
     },
   }
+
+
+_MNIST = {
+  "path": placeholder(str),  # the folder with the data set's files
+  "held_out": 5000,  # examples at the end of those to train on that are evaluated on instead
+  "permutation_seed": placeholder(int),  # of the order of the pixels; default row by row
+}
+_SPEECH = {
+  "path": placeholder(str),  # a folder of folders, one a word, or Speech Commands' archive
+  "tfds": placeholder(str),  # in its place a TFDS data set, speech_commands, if TensorFlow is there
+  "classes": "all",  # or "12": ten words, silence and unknown ones
+  "seconds": 1.0,  # of a clip
+  "sample_rate": 16000,  # hertz; other files are converted
+  "on_bad": "error",  # or skip: go on without files that cannot be used
+  "seed": 0,  # of what is chosen for silence and unknown words, and cuts of noise
+  "dir": placeholder(str),  # prepared data; default see arch/caches.py
+}
+_TONES = {
+  "examples": 2000,  # clips to train on; a quarter as many each to evaluate on
+  "noise": 0.0,  # the lowest ratio of a word to its noise, in decibels
+  "seed": 0,
+}

@@ -8,6 +8,7 @@ entropy is computed in pieces, so that the logits of a batch never exist at once
 
 import functools
 from collections.abc import Callable
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +16,10 @@ import optax
 from flax import nnx
 
 from ..interface import Form, SequenceModule
+from .augmentation import Augmentation, heard
 
 Batch = dict[str, jax.Array]
+Objective = Literal["softmax", "sigmoid"]
 Sums = tuple[jax.Array, dict[str, jax.Array]]  # the objective, and what is reported
 
 # Logits of one piece on one device: 256 MB in float32.
@@ -50,20 +53,37 @@ def class_loss(
   form: Form,
   rngs: nnx.Rngs,
   label_smoothing: float = 0.0,
+  objective: Objective = "softmax",
+  augment: Augmentation | None = None,
 ) -> Sums:
   """Of a classifier on sequences `inputs` `[b, t, channels]` of the classes `targets` `[b]`.
 
   A `mask` `[b, t]` in the batch tells padding within sequences, `loss_mask` `[b]` rows that count.
   The objective is the cross entropy with targets of which `label_smoothing` is divided among all
-  classes (arXiv 1512.00567, section 7). `accuracy` is reported too.
+  classes (arXiv 1512.00567, section 7): with `"softmax"` of one distribution, with `"sigmoid"` of
+  every class by itself, on average over classes. `accuracy` is reported too. With `augment`,
+  `inputs` are samples `[b, n]` of a model with a `front_end`, and the classes of mixed clips are
+  shares; the likeliest is right.
   """
-  logits, _ = model(batch["inputs"], form=form, mask=batch.get("mask"), rngs=rngs)
-  nats, correct = class_scores(logits, batch)
-  objective = nats
-  if label_smoothing:
-    uniform = jnp.where(batch["loss_mask"], -jax.nn.log_softmax(logits).mean(axis=-1), 0)
-    objective = (1 - label_smoothing) * nats + label_smoothing * uniform
-  return objective.sum(), {"loss": nats.sum(), "accuracy": correct.sum().astype(nats.dtype)}
+  if augment is None:
+    logits, _ = model(batch["inputs"], form=form, mask=batch.get("mask"), rngs=rngs)
+    targets = jax.nn.one_hot(batch["targets"], logits.shape[-1], dtype=logits.dtype)
+  else:
+    targets = jax.nn.one_hot(batch["targets"], model.head.out_features)
+    frames, real, targets = heard(model.front_end, augment, batch, targets, rngs.augment())
+    logits, _ = model(frames, form=form, mask=real, rngs=rngs)
+    targets = targets.astype(logits.dtype)
+  smooth = optax.smooth_labels(targets, label_smoothing)
+  if objective == "softmax":
+    nats, objectives = (optax.softmax_cross_entropy(logits, goal) for goal in (targets, smooth))
+  else:
+    nats, objectives = (
+      optax.sigmoid_binary_cross_entropy(logits, goal).mean(axis=-1) for goal in (targets, smooth)
+    )
+  counts = batch["loss_mask"]
+  correct = (jnp.argmax(logits, axis=-1) == jnp.argmax(targets, axis=-1)) & counts
+  nats, objectives = (jnp.where(counts, a, 0).sum() for a in (nats, objectives))
+  return objectives, {"loss": nats, "accuracy": correct.sum().astype(nats.dtype)}
 
 
 def class_scores(logits: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:

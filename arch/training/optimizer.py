@@ -15,9 +15,9 @@ from ..layout import stacked_names
 def schedule(config: ConfigDict, total_steps: int) -> optax.Schedule:
   """Linear warm-up to `learning_rate`, then what `config.schedule` names.
 
-  `cosine` and `linear` fall to `final_fraction` of it at the last step; `rsqrt` falls with the
-  inverse square root of the step and needs no last step. The warm-up takes at most a tenth of the
-  run, so that a shortened run is still a sensible one.
+  `cosine`, `linear` and `exponential` fall to `final_fraction` of it at the last step; `rsqrt`
+  falls with the inverse square root of the step and needs no last step. The warm-up takes at most
+  a tenth of the run, so that a shortened run is still a sensible one.
   """
   peak, warmup = config.learning_rate, min(config.warmup_steps, total_steps // 10)
   rise = max(warmup, 1)
@@ -25,6 +25,7 @@ def schedule(config: ConfigDict, total_steps: int) -> optax.Schedule:
   after = {
     "cosine": optax.cosine_decay_schedule(peak, decay_steps, config.final_fraction),
     "linear": optax.linear_schedule(peak, final, decay_steps),
+    "exponential": lambda step: peak * config.final_fraction ** (step / decay_steps),
     "rsqrt": lambda step: peak * jnp.sqrt(rise / (jnp.maximum(step, 0) + rise)),
   }
   if config.schedule not in after:

@@ -34,7 +34,8 @@ _FIXED = frozenset(
   f"data.{name}"
   for name in (
     "name", "path", "tfds", "mixture", "split", "text_field", "prompt_field", "tokenizer",
-    "held_out", "permutation_seed",
+    "held_out", "permutation_seed", "classes", "seconds", "sample_rate", "on_bad", "seed",
+    "examples", "noise",
   )
 )  # fmt: skip
 _LOCK = "lock"

@@ -2,25 +2,29 @@
 
 import functools
 from collections.abc import Mapping
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 from ml_collections import ConfigDict
 
 from ... import flops
 from ...data.batches import Rows, ShuffledBatches
 from ...data.mnist import Mnist
+from ...data.speech import SpeechCommands
+from ...data.tones import Tones
 from ...evaluation import evaluate_classifier
-from ..losses import class_loss
+from ..augmentation import Augmentation
+from ..losses import Objective, class_loss
 from .task import Task
 
-_DATA_SETS = {"mnist": Mnist}
+_DATA_SETS = {"mnist": Mnist, "speech": SpeechCommands, "tones": Tones}
 
 
 class LabelledData(Protocol):
   """Sequences with their classes.
 
-  A row of `examples` is `inputs` `[t, channels]`, `targets`, the number of its class, `loss_mask`,
-  true, and where sequences are padded `mask` `[t]`.
+  A row of `examples` is `inputs` `[t, channels]`, or int16 samples `[t]`, `targets`, the number of
+  its class, `loss_mask`, true, and where sequences are padded `mask` `[t]`; of those to train on,
+  `noise` `[t]` where there are recordings of some, see `Augmentation`.
 
   Attributes:
     labels: the names of the classes, in their order.
@@ -72,13 +76,27 @@ class Classification(Task):
         f"model.num_classes is {config.model.num_classes}, expected that of {config.data.name}, "
         f"{len(self.vocabulary)}"
       )
+    rate, wanted = config.data.get("sample_rate", 16000), _sample_frequency(config.model)
+    if wanted not in (None, rate):
+      raise ValueError(
+        f"model.front_end takes {wanted:g} samples a second, expected those of the data, {rate}"
+      )
     self._train, self._validation = map(self._data.examples, ("train", "validation"))
     sizes = len(self._train), len(self._validation)
     self.identity = "the data", f"{self.vocabulary} {sizes}"
 
   @staticmethod
   def loss(config: ConfigDict, devices: int):
-    return functools.partial(class_loss, label_smoothing=config.label_smoothing)
+    if config.objective not in get_args(Objective):
+      known = ", ".join(get_args(Objective))
+      raise ValueError(f"objective is {config.objective!r}, expected one of {known}")
+    augment = None if "augment" not in config else Augmentation(**config.augment)
+    return functools.partial(
+      class_loss,
+      label_smoothing=config.label_smoothing,
+      objective=config.objective,
+      augment=augment,
+    )
 
   def batches(self, host, num_hosts):
     return ShuffledBatches(
@@ -100,3 +118,9 @@ class Classification(Task):
   def evaluate(self, model):
     options = {k: v for k, v in self._config.eval.items() if k != "every_steps"}
     return evaluate_classifier(model, self._validation, **options)
+
+
+def _sample_frequency(model: ConfigDict) -> float | None:
+  """Of a model of audio."""
+  front_end = getattr(flops.abstract_model(model), "front_end", None)
+  return None if front_end is None else front_end.analysis.sample_frequency

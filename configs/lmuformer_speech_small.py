@@ -1,0 +1,56 @@
+"""LMUFormer for a few thousand clips of ten words, silence and unknown ones.
+
+    python train.py --config=configs/lmuformer_speech_small.py --config.data.path=FOLDER
+
+`:causal` has convolutions that see no later frame, `:spiking` spiking neurons.
+"""
+
+from triform.arch.training.config import default_config
+
+VARIANTS = {
+  "plain": {"padding": "same"},
+  "causal": {"padding": "causal"},
+  "spiking": {"padding": "same", "variant": "spiking_ms"},
+}
+
+
+def get_config(variant: str = "plain"):
+  if variant not in VARIANTS:
+    raise ValueError(f"variant is {variant!r}, expected one of {', '.join(VARIANTS)}")
+  config = default_config(
+    "speech",
+    architecture="lmuformer",
+    front_end="fbank",
+    in_features=40,
+    num_classes=12,
+    d_model=128,
+    num_layers=2,
+    mlp_ratio=2,
+    stem_channels=(16, 24),
+    order=64,
+    theta=98.0,
+    memory_channels=4,
+    dropout=0.1,
+    **VARIANTS[variant],
+  )
+  config.form = "parallel"
+  config.batch_size = 32
+  config.total_epochs = 60.0
+  config.log_every_steps = 106  # an epoch
+  config.label_smoothing = 0.1
+  config.average_decay = 0.999
+  config.augment.gain = 6.0
+  config.augment.shift = 100.0
+  config.augment.noise = 0.8
+  config.augment.prefixes = 0.25
+  config.augment.frequency_masks = 2
+  config.augment.frequency_width = 6
+  config.augment.time_masks = 2
+  config.augment.time_width = 16
+  config.optimizer.learning_rate = 2e-3
+  config.optimizer.warmup_steps = 300
+  config.optimizer.final_fraction = 0.01
+  config.eval.form = "parallel"
+  config.eval.every_steps = 530
+  config.checkpoint.every_steps = 530
+  return config
