@@ -12,6 +12,7 @@ ATTENTION_KERNELS = "tests/test_kernels_attention.py"
 ATTENTION_MIXERS = "tests/test_mixers_attention.py"
 HYPERMIXING, HYPERMIXER = "kernels/hypermixing/xla.py", "arch/mixers/hypermixing.py"
 LMU, LMU_KERNELS = "kernels/lmu/xla.py", "tests/test_kernels_lmu.py"
+AUDIO, AUDIO_TESTS = "arch/layers/audio.py", "tests/test_layers_audio.py"
 
 
 class Fault(NamedTuple):
@@ -321,8 +322,8 @@ FAULTS = [
     "a convolution reaches into the document before",
     "packing",
     CONV,
-    "shifts.append(jnp.where(inside(count - s, first), shifted, 0))",
-    "shifts.append(shifted)",
+    "shifts = [jnp.where(inside(count - s, first), x, 0) for s, x in enumerate(shifts)]",
+    "pass",
     ATTENTION_MIXERS,
     "no_document_is_in_the_convolution",
   ),
@@ -502,8 +503,8 @@ FAULTS = [
     "features before the first frame enter the mean",
     "lmuformer",
     "arch/models/classifier.py",
-    "given = given & (index >= self.lookahead)",
-    "given = given & (index >= self.lookahead - 1)",
+    "given = given & (index >= self.stem.lookahead)",
+    "given = given & (index >= self.stem.lookahead - 1)",
     "tests/test_interop_lmuformer.py",
     "frame_by_frame and eval_40-float64",
   ),
@@ -560,5 +561,69 @@ FAULTS = [
     "after.append(before)\n    return x, BlockState(*after)",
     "tests/test_interop_lmuformer.py",
     "frame_by_frame and eval_40-float64",
+  ),
+  Fault(
+    "emphasis reaches into the frame before",
+    "audio",
+    AUDIO,
+    "before = jnp.concatenate([frames[..., :1], frames[..., :-1]], axis=-1)",
+    "before = jnp.roll(frames, 1, axis=-1)",
+    AUDIO_TESTS,
+    "published_log_mels and mel40_unit",
+  ),
+  Fault(
+    "a tail holds a sample too few",
+    "audio",
+    AUDIO,
+    "held - complete * analysis.shift)",
+    "jnp.maximum(held - complete * analysis.shift - 1, 0))",
+    AUDIO_TESTS,
+    "same_bits_however",
+  ),
+  Fault(
+    "a reset keeps the samples before it",
+    "audio",
+    AUDIO,
+    "return restart_rows(state, first, last >= 0), mask & (index >= last[:, None])",
+    "return state, mask & (index >= last[:, None])",
+    AUDIO_TESTS,
+    "reset_begins",
+  ),
+  Fault(
+    "padding is heard as silence",
+    "audio",
+    AUDIO,
+    "x, counts = _compact(x, jnp.asarray(mask)), jnp.sum(mask, axis=1, dtype=jnp.int32)",
+    "x = jnp.where(mask, x, 0)",
+    AUDIO_TESTS,
+    "padding_is_not_heard",
+  ),
+  Fault(
+    "frames that are not complete count",
+    "audio",
+    "arch/models/classifier.py",
+    "x, mask, front_end = self.front_end(x, None if starts else state.front_end, mask=mask)",
+    "x, mask, front_end = self.front_end(x, None if starts else state.front_end, mask=mask)"
+    "\n      mask = jnp.ones(mask.shape, bool)",
+    "tests/test_models_audio.py",
+    "splits_compose and same",
+  ),
+  Fault(
+    "classes are not mixed with their clips",
+    "audio",
+    "arch/training/augmentation.py",
+    "targets = share * targets + (1 - share) * targets[other]",
+    "targets = targets + 0",
+    "tests/test_training_augmentation.py",
+    "mixing",
+  ),
+  Fault(
+    "noise is louder the higher its ratio",
+    "audio",
+    "arch/training/augmentation.py",
+    "* 10 ** (-snr / 20)",
+    "* 10 ** (snr / 20)",
+    "tests/test_training_augmentation.py",
+    "as_loud",
   ),
 ]

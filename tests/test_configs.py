@@ -19,6 +19,7 @@ from triform.arch.training.optimizer import schedule
 from triform.arch.training.program import make_program
 
 STEPS = 784  # of a sequence, where it is not the configuration that tells
+SAMPLES = 16000  # of a clip
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
 
 
@@ -62,6 +63,9 @@ def batch_of(config):
   if "seq_len" in config:
     dtypes |= {"inputs": "int32", "reset": bool, "mask": bool}
     shape = dict.fromkeys(dtypes, (config.batch_size, config.seq_len))
+  elif config.model.get("front_end"):
+    dtypes |= {"inputs": "int16", "mask": bool}
+    shape |= dict.fromkeys(("inputs", "mask"), (config.batch_size, SAMPLES))
   else:
     shape["inputs"] += STEPS, config.model.in_features
   return {name: jax.ShapeDtypeStruct(shape[name], dtype) for name, dtype in dtypes.items()}
@@ -100,8 +104,20 @@ def test_an_unknown_variant_is_refused(path):
     module.get_config("nope")
 
 
+SPEECH = [(path, name) for path in CONFIGS for name in getattr(load_module(path), "MODELS", {})]
+
+
+@pytest.mark.parametrize(("path", "name"), SPEECH, ids=lambda part: getattr(part, "stem", part))
+def test_models_of_speech_can_be_built(path, name):
+  module = load_module(path)
+  config = module.get_config(name)
+  assert count(parameters(config.model)) > 0 and config.model.front_end.startswith("fbank")
+  with pytest.raises(ValueError, match=r"'nope', expected one of \w+, "):
+    module.get_config("nope")
+
+
 def test_tiny_models_are_what_others_rely_on():
   for path in CONFIGS:
-    if path.stem.endswith("_tiny"):
-      config = load_module(path).get_config()
+    config = load_module(path).get_config()
+    if path.stem.endswith("_tiny") and "vocab_size" in config.model:
       assert config.model.dtype == "float32" and config.model.vocab_size >= 256

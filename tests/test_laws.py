@@ -10,6 +10,7 @@ from laws_cases import PIECES, SHAPES, cases, forms, splits
 from laws_subjects import SUBJECTS
 
 from triform.arch.interface import FORMS
+from triform.arch.models.registry import ARCHITECTURES
 
 DTYPES = ("float32", "bfloat16", "float64")
 SEEDS = st.integers(0, 999)
@@ -43,9 +44,10 @@ def causal(name):
 
 @pytest.fixture(autouse=True)
 def narrowest_and_widest(request, name):
-  """What those that stand for an architecture keep in float32, its variants are not asked again."""
-  if SUBJECTS[name].slow and request.node.callspec.params.get("dtype") == "float32":
-    pytest.skip("a variant")
+  """What mixers keep in float32, their variants and the models made of them are not asked again."""
+  again = SUBJECTS[name].slow or name in ARCHITECTURES
+  if again and request.node.callspec.params.get("dtype") == "float32":
+    pytest.skip("a variant, or a model")
 
 
 @pytest.fixture

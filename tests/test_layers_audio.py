@@ -10,8 +10,8 @@ import pytest
 import scipy.fft
 from hypothesis import given
 from hypothesis import strategies as st
-
 from published import DATA
+
 from triform.arch.interface import put_rows, take_rows
 from triform.arch.layers.audio import FLOOR, Analysis, FrontEnd, fbank, make_front_end, mfcc
 

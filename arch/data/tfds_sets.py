@@ -193,7 +193,8 @@ def explained(what: str, *passed: type[Exception]) -> Iterator[None]:
   except passed:
     raise
   except ImportError as error:
-    needed = error.name or "a package"
+    # TFDS names no module where it is TensorFlow that it lacks.
+    needed = error.name or ("tensorflow" if "tensorflow" in str(error).lower() else "a package")
     raise ValueError(
       f"{what}: TFDS needs {needed} to prepare it; install that, or prepare it elsewhere with "
       "`tfds build --file_format=array_record` and set TFDS_DATA_DIR"
