@@ -114,6 +114,7 @@ def loss() -> int:
 
 def accuracy() -> int:
   from triform.arch.classifier_report import classifier_report, draw, table
+  from triform.arch.data.speech import SpeechCommands
   from triform.arch.loss_by_position import import_pyplot
   from triform.arch.training.tasks.classification import load_examples
 
@@ -123,6 +124,8 @@ def accuracy() -> int:
   model, labels = load(WORKDIR.value, step=STEP.value, best=BEST.value, config=config)
   data = load_examples(config.data, labels)
   options = {"batch_size": config.eval.batch_size, "form": FORM.value or config.eval.form}
+  if isinstance(data, SpeechCommands):
+    options["recordings"] = data.noise(SPLIT.value)
   result = classifier_report(model, data.examples(SPLIT.value), data.labels, **options)
   result |= {"split": SPLIT.value, "form": options["form"]}
   first = ("loss", "accuracy", "interval", "examples", "split", "form")

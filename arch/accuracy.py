@@ -16,8 +16,8 @@ from scipy.special import log_softmax, softmax
 
 from .data.batches import Rows
 from .data.packing import check_positive
-from .evaluation import wilson_interval
-from .interface import Form, SequenceModule
+from .evaluation import padded_batch, wilson_interval
+from .interface import Form, SequenceModule, sees_all
 from .layers.audio import FULL_SCALE
 from .layout import split_model
 
@@ -57,22 +57,15 @@ def class_logits(
   graphdef, params, variables = split_model(model)
   logits, targets = [], []
   for start in range(0, len(examples), batch_size):
-    rows = [examples[i] for i in range(start, min(start + batch_size, len(examples)))]
-    heard = [None if (a := row.get("mask")) is None else np.asarray(a) for row in rows]
-    mask = None if heard[0] is None else _stack(heard, batch_size)
-    x = _stack([row["inputs"] for row in rows], batch_size)
+    indices = range(start, min(start + batch_size, len(examples)))
+    batch = padded_batch(examples, indices, batch_size)
+    x, mask = batch["inputs"], batch.get("mask")
     found = [_whole(graphdef, form, params, variables, x, mask)[None]]
     if step is not None and step < x.shape[1]:
       found.insert(0, _prefixes(graphdef, form, step, params, variables, x, mask))
-    logits.append(np.concatenate(found).astype(np.float64)[:, : len(rows)])
-    targets += [int(row["targets"]) for row in rows]
-  return np.concatenate(logits, axis=1), np.array(targets)
-
-
-def _stack(rows: Sequence[np.ndarray], size: int) -> np.ndarray:
-  """A batch of `size`, for one program: rows that are missing at its end are zeros."""
-  stacked = np.stack(rows)
-  return np.pad(stacked, [(0, size - len(rows))] + [(0, 0)] * (stacked.ndim - 1))
+    logits.append(np.concatenate(found).astype(np.float64)[:, : len(indices)])
+    targets.append(batch["targets"][: len(indices)])
+  return np.concatenate(logits, axis=1), np.concatenate(targets)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -100,11 +93,6 @@ def _prefixes(graphdef, form, step, params, variables, x, mask):
     (x, mask),
   )
   return jax.lax.scan(hear, model.init_state(b, max_len=tokens_of(model, n)), pieces)[1]
-
-
-def sees_all(model: SequenceModule) -> bool:
-  """Whether it sees whole sequences, and keeps no state."""
-  return not model.causal and not model.lookahead
 
 
 def tokens_of(model: SequenceModule, steps: int) -> int:

@@ -14,8 +14,8 @@ import numpy as np
 from flax import nnx
 
 from . import flops
-from .accuracy import samples_of, sees_all, tokens_of
-from .interface import SequenceModule, state_bytes
+from .accuracy import samples_of, tokens_of
+from .interface import SequenceModule, sees_all, state_bytes
 from .layers.audio import FULL_SCALE
 from .layers.spiking import LIF
 from .layout import split_model

@@ -139,7 +139,7 @@ def evaluate_classifier(
   graphdef, params, variables = split_model(model)
   total, right = 0.0, 0
   for start in range(0, len(examples), batch_size):
-    batch = _padded(examples, range(start, min(start + batch_size, len(examples))), batch_size)
+    batch = padded_batch(examples, range(start, min(start + batch_size, len(examples))), batch_size)
     scores = _scores(graphdef, form, params, variables, batch)
     nats, correct = multihost_utils.process_allgather(scores, tiled=True)
     total += float(np.sum(nats, dtype=np.float64))
@@ -164,7 +164,7 @@ def wilson_interval(right: int, total: int) -> tuple[float, float]:
   return max(middle - half, 0.0), min(middle + half, 1.0)
 
 
-def _padded(examples: Rows, indices: range, batch_size: int) -> Batch:
+def padded_batch(examples: Rows, indices: range, batch_size: int) -> Batch:
   """A batch of examples; rows that are missing at its end do not count, being all zeros."""
   rows = [examples[i] for i in indices]
   batch = {name: np.stack([row[name] for row in rows]) for name in rows[0]}

@@ -38,6 +38,7 @@ __all__ = [
   "copy_traits",
   "put_rows",
   "restart_rows",
+  "sees_all",
   "state_bytes",
   "state_dtype",
   "take_rows",
@@ -102,6 +103,11 @@ def copy_traits(module: SequenceModule, *parts: SequenceModule) -> None:
   module.lookahead = sum(part.lookahead for part in parts)
   module.state_is_constant = all(part.state_is_constant for part in parts)
   module.max_len = min((part.max_len for part in parts if part.max_len is not None), default=None)
+
+
+def sees_all(module: SequenceModule) -> bool:
+  """Whether a module sees whole sequences and keeps no state."""
+  return not module.causal and not module.lookahead
 
 
 def check_call(x: jax.Array, form: str, reset: Any, mask: Any) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 
 from .data.packing import check_positive
-from .interface import SequenceModule, restart_rows, state_bytes
+from .interface import SequenceModule, restart_rows, sees_all, state_bytes
 from .layers.audio import FULL_SCALE
 from .layout import split_model
 
@@ -189,7 +189,7 @@ def _check_model(model: SequenceModule) -> None:
     raise ValueError(f"{name} is no classifier of audio, expected one with a front_end")
   if model.front_end is None:
     raise ValueError(f"{name} takes frames, not samples: expected a model with a front_end")
-  if not model.causal and not model.lookahead:
+  if sees_all(model):
     raise ValueError(f"{name} sees whole sequences and cannot stream: expected one with a state")
 
 

@@ -282,6 +282,9 @@ def test_noise_is_of_parts_that_no_two_splits_share(tmp_path, opened):
     held_out = places([examples._noise.cut("silence", i) for i in range(100)])
     assert all(first <= place <= first + 500 for _, place in held_out)
     assert len(set(held_out)) > 50
+    parts = data.noise(split)
+    assert places(parts) == [(0, first), (1, first)]
+    assert [len(part) for part in parts] == [2 * RATE, 2 * RATE]
 
 
 def test_silence_is_a_cut_at_some_volume(tmp_path, opened):

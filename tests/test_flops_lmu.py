@@ -46,6 +46,7 @@ FORMERS = {
   "plain": {"variant": "plain", "order": 4},
   "plain-apart": {"variant": "plain", "order": 3, "memory_channels": 2, "dropout": 0.1},
   "plain-bfloat16": {"variant": "plain", "dtype": "bfloat16", "in_features": 1},
+  "plain-frequency": {"variant": "plain", "in_features": 5, "stem_channels": (4, 3)},
   "spiking_ms": {"variant": "spiking_ms"},
   "spiking_ms-soft": {"variant": "spiking_ms", "reset_value": None, "detach_reset": False},
   "spiking_ms-tau": {"variant": "spiking_ms", "learn_tau": True, "surrogate": "atan"},

@@ -158,9 +158,7 @@ class SpeechCommands:
     else:
       indices, targets, silence = self._chosen(split)
     if self._noise_lengths and (split == "train" or silence):
-      noise = _Noise(
-        _Records(self._folder, NOISE_SPLIT), self._noise_lengths, split, self.length, self._seed
-      )
+      noise = self._noise(split)
     return SpokenWords(
       clips,
       indices,
@@ -171,6 +169,14 @@ class SpeechCommands:
       silence_class=self.labels.index(SILENCE) if silence else 0,
       add_noise=split == "train",
     )
+
+  def noise(self, split: str) -> list[np.ndarray]:  # int16[n] each
+    """The parts of the recordings of noise, if there are any, that belong to a split."""
+    return self._noise(split).parts() if self._noise_lengths else []
+
+  def _noise(self, split: str) -> "_Noise":
+    recordings = _Records(self._folder, NOISE_SPLIT)
+    return _Noise(recordings, self._noise_lengths, split, self.length, self._seed)
 
   def _chosen(self, split: str) -> tuple[np.ndarray, np.ndarray, int]:
     """The records of a split, their classes by number, and how many of silence come with them."""
@@ -255,10 +261,17 @@ class _Noise:
     volume = _draws(1, self._seed, SILENCE, self._split, number)[0]
     return np.rint(self.cut("silence", number) * volume).astype(np.int16)
 
+  def parts(self) -> list[np.ndarray]:  # int16[n] each
+    bounds = [self._bounds(i) for i in range(len(self._lengths))]
+    return [self._recordings[i][0][begin:end] for i, (begin, end) in enumerate(bounds)]
+
+  def _bounds(self, recording: int) -> tuple[int, ...]:
+    return tuple(self._lengths[recording] * tenth // 10 for tenth in _NOISE_PARTS[self._split])
+
   def cut(self, use: str, number: int) -> np.ndarray:  # int16[length]
     recording, place = _draws(2, self._seed, use, self._split, number)
     recording = int(recording * len(self._lengths))
-    begin, end = (self._lengths[recording] * tenth // 10 for tenth in _NOISE_PARTS[self._split])
+    begin, end = self._bounds(recording)
     start = begin + int(place * (end - begin - self._length + 1))
     return self._recordings[recording][0][start : start + self._length]
 

@@ -76,11 +76,10 @@ def _(layer: NormedNeuron, call: Call) -> Count:
 
 @count.register
 def _(layer: FrequencyConv, call: Call) -> Count:
-  """A linear layer of every window; what is seen by several has a gradient of as many terms."""
-  windows = call.length * halved(layer.bins)
-  counted = count(layer.linear, call._replace(length=windows))
-  seen = windows * layer.linear.in_features
-  return counted + Count(backward=Work(vector=seen - call.length * layer.in_features))
+  """A linear layer of every window; the gradients by its bins are summed over all bins."""
+  counted = count(layer.linear, call._replace(length=call.length * halved(layer.bins)))
+  padded = (layer.bins + 2 * (layer.width // 2)) * layer.in_features // layer.bins
+  return counted + Count(backward=Work(vector=(layer.width - 1) * padded * call.length))
 
 
 @count.register
@@ -97,14 +96,10 @@ def _(stem: ConvStem, call: Call) -> Count:
     counted += _convolution(linear, call, given=i == 0)
   if stem.variant == "plain":
     counted += Count(Work(vector=t * sum(stem.widths[1:])))
-  # Gradients of shifted inputs and, with look-ahead, of the two pieces they are taken from.
-  for width in stem.widths[1:]:
-    window = 8 * t * width + 7 * width if call.ahead else 6 * t * width + 4 * width
-    counted += Count(backward=Work(vector=window))
-  residual = t * d
-  if call.ahead:
-    residual = 5 * t * d - 3 * d if stem.variant == "spiking_ms" else 3 * t * d
-  return counted + Count(backward=Work(vector=residual))
+  # Gradients of shifted inputs, and of the residual, which waits for what is ahead.
+  shifted = sum(6 * t * width + 4 * width for width in stem.widths[1:])
+  residual = 3 * t * d if call.ahead else t * d
+  return counted + Count(backward=Work(vector=shifted + residual))
 
 
 def _convolution(layer: Linear | FrequencyConv, call: Call, given: bool) -> Count:

@@ -8,7 +8,15 @@ from flax import nnx
 
 from triform import kernels
 
-from ..interface import SequenceModule, State, check_call, copy_traits, restart_rows, state_dtype
+from ..interface import (
+  SequenceModule,
+  State,
+  check_call,
+  copy_traits,
+  restart_rows,
+  sees_all,
+  state_dtype,
+)
 from ..layers.audio import FrontEnd, forget
 from ..layers.linear import Linear
 
@@ -105,7 +113,7 @@ class Classifier(SequenceModule):
     )
 
   def init_state(self, batch_size, *, max_len=None):
-    if self._sees_all():
+    if sees_all(self):
       return ()
     dtype = state_dtype(self.head.dtype or self.head.param_dtype)
     return ClassifierState(
@@ -148,22 +156,19 @@ class Classifier(SequenceModule):
     _, logits, state = self._run(x, state, form, reset, mask, rngs, self.stem.lookahead)
     return logits, state
 
-  def _sees_all(self) -> bool:
-    return not self.causal and not self.lookahead
-
   def _hears(self, x: jax.Array) -> bool:
     """Whether `x` are samples."""
     return self.front_end is not None and jnp.ndim(x) == 2
 
   def _check_state(self) -> None:
-    if self._sees_all():
+    if sees_all(self):
       raise NotImplementedError(
         f"{type(self).__name__} sees whole sequences and keeps no state to read out; call it"
       )
 
   def _run(self, x, state, form, reset, mask, rngs, ahead):
     """Features, logits and the state after a piece, which is followed by `ahead` tokens of none."""
-    if self._sees_all():
+    if sees_all(self):
       return self._run_whole(x, state, form, reset, mask, rngs)
     first = self.init_state(len(state.count) if x is None else x.shape[0])
     starts = state is None
