@@ -252,8 +252,8 @@ def false_alarms(
   Noise is cut into windows of a second, which the model hears each from a fresh state. One is an
   alarm if in the answer at its end a class has a probability above `threshold`, other than those
   whose labels begin with an underscore, such as `_silence_` and `_unknown_`; without such classes
-  any confident answer is an alarm. The rate is alarms per hour of noise: of w windows, none means
-  less than 3600 / w, about.
+  any confident answer is an alarm. The rate is alarms per hour of noise: none in w windows means
+  less than 3 x 3600 / w, with 95 % confidence.
 
   A third of the `seconds` each are white, pink and brown noise, a function of the seed, whose
   windows are from -60 to -20 decibels of full scale (root mean square) at random, with nothing

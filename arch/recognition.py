@@ -61,6 +61,7 @@ class Recognizer:
       raise ValueError(f"labels are {count}, expected the names of {classes} classes")
     self.labels, self.streams = tuple(labels), streams
     self.sample_rate = model.front_end.analysis.sample_frequency
+    self._max_len, self._num_frames = model.max_len, model.front_end.analysis.num_frames
     self._hop, self._dtype = model.front_end.shift, np.dtype(model.front_end.dtype)
     graphdef, *self._weights = split_model(model)
     self._first, self._restart, self._hear, self._answer = _programs(graphdef)
@@ -90,11 +91,15 @@ class Recognizer:
 
     Raises:
       ValueError: for other shapes or dtypes, lengths beyond 0 to n, or samples that are not finite
-        or far beyond 1; then nothing was heard.
+        or far beyond 1, or a document longer than the state of the model has room for (`max_len`
+        frames, of attention); then nothing was heard.
     """
     samples, lengths = self._checked(samples, lengths)
+    begins = np.zeros(self.streams, bool)
     if reset is not None:
-      self.reset(_flags("reset", reset, self.streams) & (lengths > 0))
+      begins = _flags("reset", reset, self.streams) & (lengths > 0)
+    self._check_room(int((np.where(begins, 0, self.heard) + lengths).max()))
+    self.reset(begins)
     for start, size in self._pieces(int(lengths.max())):
       piece = samples[:, start : start + size]
       piece = np.pad(piece, ((0, 0), (0, size - piece.shape[1])))
@@ -142,6 +147,13 @@ class Recognizer:
     elif not np.abs(samples).max() <= LOUDEST:  # nor is NaN
       raise ValueError(f"samples reach {np.abs(samples).max()}, expected int16, or in [-1, 1]")
     return samples, lengths
+
+  def _check_room(self, samples: int) -> None:
+    if self._max_len is not None and self._num_frames(samples) > self._max_len:
+      raise ValueError(
+        f"a stream would have heard {self._num_frames(samples)} frames of its document, expected "
+        f"at most {self._max_len}, max_len of the model, before a reset"
+      )
 
   def _pieces(self, n: int) -> Iterator[tuple[int, int]]:
     """Starts and sizes of pieces that hold n samples, the last perhaps not full."""
@@ -283,6 +295,7 @@ class Spotter:
       raise ValueError(f"every is {every} s, expected at least a sample, {1 / rate:g} s")
     if hold is not None and not 0 <= hold < math.inf:
       raise ValueError(f"hold is {hold} s, expected at least 0")
+    self.recognizer._check_room(math.ceil(window * rate))
     labels = self.recognizer.labels
     if ignored is None:
       ignored = [label for label in labels if label.startswith("_")]

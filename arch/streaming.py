@@ -34,14 +34,15 @@ def listen(
   step: int | None = None,
   best: bool = False,
   threshold: float = 0.8,
-  window: float = 1.0,
+  window: float | None = None,
   every: float = 0.05,
   picture: str | None = None,
 ) -> None:
   """Prints what the model in `workdir` hears in `file`, or on standard input if that is `-`.
 
   `workdir`, `step` and `best` are as of `load`, and `threshold`, `window` and `every` as of
-  `Spotter`. The file is WAV or FLAC of any rate; `picture` is one to draw the posteriors to.
+  `Spotter`; the default `window` is as long as the clips that the model learned from. The file is
+  WAV or FLAC of any rate; `picture` is one to draw the posteriors to.
 
   Raises:
     ValueError: if any of them cannot be, or there is not a sample.
@@ -50,7 +51,10 @@ def listen(
     if file == "-":
       raise ValueError("a picture is of a file, not of standard input")
     import_pyplot()  # or it would be missed after all the work
-  if load_config(workdir).get("compilation_cache", True):
+  config = load_config(workdir)
+  if window is None:
+    window = config["data"].get("seconds", 1.0) if "data" in config else 1.0
+  if config.get("compilation_cache", True):
     enable_compilation_cache()
   model, labels = load(workdir, step=step, best=best)
   try:
@@ -150,7 +154,7 @@ if __name__ == "__main__":
   STEP = flags.DEFINE_integer("step", None, "the checkpoint to read; default the newest")
   BEST = flags.DEFINE_bool("best", False, "read that of the lowest evaluation loss, if kept")
   THRESHOLD = flags.DEFINE_float("threshold", 0.8, "the least posterior of a decision")
-  WINDOW = flags.DEFINE_float("window", 1.0, "seconds that are judged; those of training clips")
+  WINDOW = flags.DEFINE_float("window", None, "seconds judged; default those of training clips")
   EVERY = flags.DEFINE_float("every", 50.0, "milliseconds of audio from one answer to the next")
   PICTURE = flags.DEFINE_string("picture", None, "draw the posteriors over time to this file")
   flags.mark_flag_as_required("workdir")

@@ -1,8 +1,12 @@
 """LMUFormer for a few thousand clips of ten words, silence and unknown ones: 390,948 parameters.
 
     python train.py --config=configs/lmuformer_speech_small.py --config.data.path=FOLDER
+    python eval.py --workdir=runs/lmuformer_speech_small
 
-`:causal` has convolutions that see no later frame, `:spiking` spiking neurons.
+README has what it reaches on 3,416 clips; an epoch of them takes 24 s on one core of a CPU. Other
+than as published: frames every 20 ms, two blocks, four channels of each memory, and convolutions of
+which the first three share their weights over frequency. `:causal` has convolutions that see no
+later frame, `:spiking_ms` spiking neurons.
 """
 
 from triform.arch.training.config import default_config
@@ -10,7 +14,7 @@ from triform.arch.training.config import default_config
 MODELS = {
   "plain": {"padding": "same"},
   "causal": {"padding": "causal"},
-  "spiking": {"padding": "same", "variant": "spiking_ms"},
+  "spiking_ms": {"padding": "same", "variant": "spiking_ms"},
 }
 
 

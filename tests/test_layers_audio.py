@@ -190,6 +190,9 @@ def test_a_front_end_by_its_name():
     ("fbank, fbank", "expected one call"),
     ("fbank(num_mel_bins=40)", "num_mel_bins"),
     ("fbank(bins=40)", "bins"),
+    ("fbank(num_ceps=13)", "num_ceps"),
+    ("fbank(scale='a')", "front_end \"fbank\\(scale='a'\\)\""),
+    ("", "front_end is '', expected text such as fbank"),
     ("fbank(scale=0)", "scale is 0, expected a positive number"),
     ("fbank(frame_shift=30.0)", "frame_shift is 30.0 ms, expected at most frame_length, 25.0 ms"),
     ("fbank(frame_length=0.1)", "frame_length is 0.1 ms, 1 samples at 16000.0 Hz"),
@@ -208,6 +211,8 @@ def test_wrong_numbers_and_shapes_are_told():
     fbank(np.zeros(400, np.float32))
   with pytest.raises(ValueError, match=r"x has shape \[1, 400, 1\], expected samples"):
     FRONT_END(np.zeros((1, 400, 1), np.float32))
+  with pytest.raises(ValueError, match="x is int32, expected int16, or floats"):
+    FRONT_END(np.zeros((1, 400), np.int32))
   with pytest.raises(ValueError, match="num_ceps is 24, expected 1 to num_mel_bins=23"):
     mfcc(np.zeros((1, 400), np.float32), num_ceps=24, num_mel_bins=23)
   with pytest.raises(ValueError, match="num_mel_bins is 0, expected at least 1"):

@@ -223,6 +223,9 @@ def test_whole_sequences_have_no_state():
   early = slice(0, 3)
   changed = model.encode(later)[0][:, early] - model.encode(x)[0][:, early]
   assert np.abs(changed).max() > 1e-6
+  assert (model(x, model.init_state(2))[0] == model(x)[0]).all()
+  with pytest.raises(NotImplementedError, match="goes on from no state; expected None"):
+    model(x, (1,))
   with pytest.raises(ValueError, match="reset is given, expected none"):
     model(x, reset=np.zeros(x.shape, bool))
   with pytest.raises(NotImplementedError, match="sees whole sequences and keeps no state"):
@@ -231,7 +234,7 @@ def test_whole_sequences_have_no_state():
 
 def test_a_language_model_refuses_what_sees_later_tokens():
   sizes = {"vocab_size": 9, "d_model": 8, "num_layers": 1, "num_heads": 2, "ffn_dim": 8}
-  with pytest.raises(ValueError, match="a mixer sees later tokens, expected causal ones"):
+  with pytest.raises(ValueError, match="Hybrid has a mixer that sees later tokens, expected"):
     Hybrid(**sizes, pattern=BIDIRECTIONAL["pattern"], rngs=nnx.Rngs(0))
 
 

@@ -10,7 +10,7 @@ from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
 
-from triform.arch import build, take_rows
+from triform.arch import Encoder, build, take_rows
 from triform.arch.models.classifier import Classifier
 from triform.arch.recognition import Recognizer, Spotter, _programs
 
@@ -354,3 +354,22 @@ def test_a_spotter_hears_one_stream():
   for shape in ((1, 5), (0,)):
     with pytest.raises(ValueError, match=r"expected \[n\] with n > 0"):
       Spotter(MODELS["causal"], LABELS).answers(np.zeros(shape))
+
+
+def test_a_document_has_to_fit_into_a_cache():
+  """Of an attention's keys: it is told, and nothing is heard."""
+  sizes = {"in_features": 8, "num_classes": 3, "d_model": 8, "num_layers": 1, "num_heads": 2}
+  model = Encoder(
+    front_end="fbank", **sizes, ffn_dim=8, pattern="attention(max_len=4)", rngs=nnx.Rngs(0)
+  )
+  labels = ("a", "b", "c")
+  recognizer = Recognizer(model, labels, streams=2)
+  before = recognizer.push(noise(2, 1000))
+  with pytest.raises(
+    ValueError, match="heard 6 frames of its document, expected at most 4, max_len"
+  ):
+    recognizer.push(noise(2, 300), reset=np.array([True, False]))
+  np.testing.assert_array_equal(recognizer.posteriors(), before)
+  assert np.isfinite(recognizer.push(noise(2, 300), reset=np.array([True, True]))).all()
+  with pytest.raises(ValueError, match="heard 98 frames of its document, expected at most 4"):
+    Spotter(model, labels)

@@ -105,6 +105,12 @@ def test_noise_is_as_loud_as_asked_for(recorded):
   else:  # from white to brown: the lower half of the spectrum is never the weaker one
     power = np.abs(np.fft.rfft(noise)) ** 2
     assert (power[:, :300].sum(axis=1) > 0.8 * power[:, 300:].sum(axis=1)).all()
+  short = {**batch, "mask": np.broadcast_to(np.arange(N)[None] < 300, (B, N))}
+  heard_noise = change(short, noise=1.0, lowest_snr=5.0, highest_snr=5.0)[0] - np.where(
+    short["mask"], clean, 0
+  )
+  power = (clean[:, :300] ** 2).mean(axis=1)
+  np.testing.assert_allclose(power / (heard_noise**2).mean(axis=1), 10**0.5, rtol=1e-3)
   some, _, _ = change(batch, noise=0.5)
   assert 0 < (some == clean).all(axis=1).sum() < B
   silent = change({**batch, "inputs": np.zeros_like(CLIPS)}, noise=1.0)[0]

@@ -104,6 +104,7 @@ def test_a_run_keeps_its_data_and_its_front_end(run, change, message):
       "model.front_end takes 8000 samples a second, expected those of the data, 16000",
     ),
     ({"model.front_end": "wave"}, "front_end 'wave' has the unknown name 'wave'"),
+    ({"model.front_end": None}, "model.front_end is None, expected one for samples of tones"),
   ],
 )
 def test_what_cannot_be_is_told_before_training(tmp_path, change, message):

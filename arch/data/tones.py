@@ -33,12 +33,16 @@ class Tones:
   def __init__(self, *, examples: int = 2000, noise: float = 0.0, seed: int = 0):
     if examples < 4:
       raise ValueError(f"data.examples is {examples}, expected at least 4")
+    if not -100 <= noise <= 100:
+      raise ValueError(f"data.noise is {noise}, expected -100 to 100 decibels")
     if seed < 0:
       raise ValueError(f"data.seed is {seed}, expected at least 0")
     self._examples, self._noise, self._seed = examples, noise, seed
 
   def examples(self, split: str) -> "Words":
     """The clips of "train", "validation" or "test"."""
+    if split not in _SPLITS:
+      raise ValueError(f"the split is {split!r}, expected one of {', '.join(_SPLITS)}")
     count = self._examples if split == "train" else self._examples // 4
     return Words((self._seed, _SPLITS[split]), count, self._noise)
 
@@ -53,6 +57,8 @@ class Words:
     return self._count
 
   def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+    if not 0 <= index < self._count:
+      raise IndexError(f"row {index} of {self._count}")
     target = index % len(Tones.labels)
     rng = np.random.default_rng((*self._seed, index))
     return {

@@ -17,8 +17,8 @@ def answer_ahead(
   """`y, state = call(state, *tokens)`, but with the state before the last `ahead` tokens.
 
   A model with look-ahead tells what it would answer if nothing more came, and goes on from before.
-  The tokens are called in two pieces, or, with `again`, all of them for `y`, those before once more
-  for the state: where little is computed, or no state is asked for.
+  The tokens are called in two pieces. With `again`, `y` is of one call with all of them and the
+  state of a second one with those before: cheaper where a call is small, or no state is asked for.
   """
   if not ahead:
     return call(state, *tokens)

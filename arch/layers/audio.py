@@ -25,6 +25,7 @@ WINDOWS = {
 
 # AudioSet's mean and twice the standard deviation, with which AST and LMUFormer scale log-mels.
 MEAN, SCALE = -6.845978, 2 * 5.5654526
+NUM_CEPSTRAL_BINS = 23  # Kaldi's mel bins of cepstra
 
 
 @dataclasses.dataclass(frozen=True)
@@ -214,6 +215,7 @@ def mfcc(
   samples: jax.Array,  # [b, n]
   *,
   num_ceps: int = 13,
+  num_mel_bins: int = NUM_CEPSTRAL_BINS,
   cepstral_lifter: float = 22.0,
   **options: Any,
 ) -> jax.Array:  # [b, frames, num_ceps]
@@ -226,13 +228,15 @@ def mfcc(
   Args:
     samples: as of `fbank`.
     num_ceps: coefficients kept, at most `num_mel_bins`.
+    num_mel_bins: of the log-mels.
     cepstral_lifter: L.
     **options: of `fbank`.
 
   Raises:
     ValueError: as `fbank`.
   """
-  return _analyse(samples, Analysis(num_ceps=num_ceps, cepstral_lifter=cepstral_lifter, **options))
+  sizes = {"num_ceps": num_ceps, "num_mel_bins": num_mel_bins}
+  return _analyse(samples, Analysis(cepstral_lifter=cepstral_lifter, **sizes, **options))
 
 
 def _analyse(samples: jax.Array, analysis: Analysis) -> jax.Array:
@@ -286,10 +290,13 @@ class FrontEnd(SequenceModule):
     self.analysis, self.mean, self.scale = analysis, mean, scale
     self.dtype = state_dtype(dtype)
     if empty := analysis.empty_filters():
+      effect = (
+        "their features are 0" if analysis.num_ceps is None else "all cepstra see their floor"
+      )
       warnings.warn(
         f"{len(empty)} of {analysis.num_mel_bins} mel filters ({', '.join(map(str, empty))}) have "
-        f"no bin of the transform of {analysis.fft_size} samples; their features are 0: fewer mel "
-        "bins have none",
+        f"no bin of the transform of {analysis.fft_size} samples; {effect}: fewer mel bins have "
+        "none",
         stacklevel=2,
       )
 
@@ -316,8 +323,9 @@ class FrontEnd(SequenceModule):
     if jnp.ndim(x) != 2:
       raise ValueError(f"x has shape {list(x.shape)}, expected samples [batch, time]")
     x = jnp.asarray(x)
-    scale = FULL_SCALE if jnp.issubdtype(x.dtype, jnp.integer) else 1
-    x = x.astype(self.dtype) / scale
+    if x.dtype != jnp.int16 and not jnp.issubdtype(x.dtype, jnp.floating):
+      raise ValueError(f"x is {x.dtype}, expected int16, or floats in [-1, 1]")
+    x = x.astype(self.dtype) / (FULL_SCALE if x.dtype == jnp.int16 else 1)
     (b, n), analysis = x.shape, self.analysis
     first = self.init_state(b)
     if reset is not None:
@@ -347,10 +355,11 @@ class FrontEnd(SequenceModule):
     return features, real, FrontEndState(tail, held - complete * analysis.shift)
 
 
-def make_front_end(text: str, num_features: int, dtype: Any) -> FrontEnd:
-  """The front end that a model's option names, `"fbank(frame_shift=20.0)"`.
+def make_front_end(text: str | None, num_features: int, dtype: Any) -> FrontEnd | None:
+  """The front end that a model's option names, `"fbank(frame_shift=20.0)"`; `None` is none.
 
-  Names are `fbank` and `mfcc` with their arguments, and `mean` and `scale` of `FrontEnd`.
+  Names are `fbank` and `mfcc` with their arguments, and `mean` and `scale` of `FrontEnd`, which are
+  0 and 1 for `mfcc`, whose default is 23 mel bins as in Kaldi.
 
   Args:
     text: the option `front_end`.
@@ -360,18 +369,24 @@ def make_front_end(text: str, num_features: int, dtype: Any) -> FrontEnd:
   Raises:
     ValueError: for any other text, or arguments that cannot be.
   """
+  if text is None:
+    return None
   example = "fbank or mfcc(num_mel_bins=40)"
   calls = parse_calls(text, ("fbank", "mfcc"), option="front_end", kind="name", example=example)
   if len(calls) > 1:
     raise ValueError(f"front_end is {text!r}, expected one call, such as {example}")
   ((name, options),) = calls
-  scaling = {key: options.pop(key) for key in ("mean", "scale") if key in options}
-  size = {"fbank": "num_mel_bins", "mfcc": "num_ceps"}[name]
+  if name == "fbank":
+    scaling, of_model = {"mean": MEAN, "scale": SCALE}, {"num_mel_bins": num_features}
+    of_model |= {"num_ceps": None, "cepstral_lifter": Analysis.cepstral_lifter}
+  else:
+    scaling, of_model = {"mean": 0.0, "scale": 1.0}, {"num_ceps": num_features}
+    options = {"num_mel_bins": NUM_CEPSTRAL_BINS, **options}
+  scaling = {key: options.pop(key, default) for key, default in scaling.items()}
   try:
-    analysis = Analysis(**{size: num_features}, **options)
-  except TypeError as error:  # an argument that it does not have, or has from the model
+    return FrontEnd(Analysis(**of_model, **options), **scaling, dtype=dtype)
+  except TypeError as error:  # an argument that there is not, is the model's, or is no number
     raise ValueError(f"front_end {text!r}: {error}") from error
-  return FrontEnd(analysis, **scaling, dtype=dtype)
 
 
 def forget(state, first, reset, mask):

@@ -224,13 +224,17 @@ class Classifier(SequenceModule):
     return x, logits, ClassifierState(front_end, stem, stack, neuron, total, count)
 
   def _run_whole(self, x, state, form, reset, mask, rngs):
+    if state not in (None, ()):
+      raise NotImplementedError(
+        f"{type(self).__name__} sees whole sequences and goes on from no state; expected None"
+      )
     if self._hears(x):
       if reset is not None:
         raise ValueError("reset is given, expected none: the model sees whole sequences of samples")
       x, mask, _ = self.front_end(x, mask=mask)
     keywords = {"form": form, "reset": reset, "mask": mask, "rngs": rngs}
     x, _ = self.stem(x, None, **keywords)
-    x, _ = self.stack(x, state, **keywords)
+    x, _ = self.stack(x, None, **keywords)
     if self.norm is not None:
       x = self.norm(x)
     total = x if mask is None else jnp.where(jnp.asarray(mask)[..., None], x, 0)

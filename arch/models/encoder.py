@@ -87,7 +87,7 @@ class Encoder(Classifier):
         rngs=rngs,
       ),
       PatternStack(make_blocks, num_layers, scan=scan, remat=remat, rngs=rngs),
-      front_end=front_end and make_front_end(front_end, in_features, dtypes["dtype"]),
+      front_end=make_front_end(front_end, in_features, dtypes["dtype"]),
       norm=RMSNorm(d_model, epsilon=eps, **dtypes, rngs=rngs),
       d_model=d_model,
       num_classes=num_classes,

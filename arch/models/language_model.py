@@ -60,7 +60,10 @@ class LanguageModel(SequenceModule):
       self.stack = PatternStack(make_block, num_layers, scan=scan, remat=remat, rngs=rngs)
     copy_traits(self, self.stack)
     if not self.causal:
-      raise ValueError("a mixer sees later tokens, expected causal ones in a language model")
+      raise ValueError(
+        f"{type(self).__name__} has a mixer that sees later tokens, expected causal ones in a "
+        "language model"
+      )
     self.norm = norm
     if tie_embeddings:
       self.head = None

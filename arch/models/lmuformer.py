@@ -122,7 +122,7 @@ class LMUFormer(Classifier):
         rngs=rngs,
       ),
       Stack(make_block, num_layers, scan=scan, remat=remat, rngs=rngs),
-      front_end=front_end and make_front_end(front_end, in_features, dtypes["dtype"]),
+      front_end=make_front_end(front_end, in_features, dtypes["dtype"]),
       neuron=neuron,
       d_model=d_model,
       num_classes=num_classes,

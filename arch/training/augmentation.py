@@ -28,7 +28,8 @@ class Augmentation:
     prefixes: probability that only the beginning of a clip is heard, at least `shortest_prefix`
       milliseconds of it, so that answers before its end are learnt too.
     frequency_masks, time_masks: so many stripes of features, of random widths below
-      `frequency_width` and `time_width`, are set to 0, their mean (SpecAugment, arXiv 1904.08779).
+      `frequency_width` features and `time_width` frames, are set to 0, their mean (SpecAugment,
+      arXiv 1904.08779).
   """
 
   gain: float = 0.0
@@ -105,7 +106,7 @@ class Augmentation:
       targets = share * targets + (1 - share) * targets[other]
       ends = jnp.where(share[:, 0] < 1, jnp.maximum(ends, ends[other]), ends)
     if self.noise:
-      x = x + self._noise(x, batch, next(keys))
+      x = x + self._noise(x, ends, batch, next(keys))
     if self.prefixes:
       first, second = jax.random.split(next(keys))
       shortest = min(int(self.shortest_prefix * sample_frequency / 1000), n)
@@ -114,8 +115,8 @@ class Augmentation:
       ends = jnp.where(cut, jnp.minimum(ends, stops), ends)
     return x, index < ends[:, None], targets
 
-  def _noise(self, x, batch, key):
-    """Noise as loud as it is added."""
+  def _noise(self, x, ends, batch, key):
+    """Noise as loud as it is added; the power of a clip is that up to its end."""
     (b, n), keys = x.shape, jax.random.split(key, 4)
     if "noise" in batch:
       noise = _scaled(batch["noise"])[jax.random.permutation(keys[0], b)]
@@ -128,7 +129,9 @@ class Augmentation:
       size = size.at[:, 0].set(0)
       noise = jnp.fft.irfft(jax.lax.complex(real * size, imaginary * size), n)
     snr = jax.random.uniform(keys[2], (b, 1), minval=self.lowest_snr, maxval=self.highest_snr)
-    loudness = jnp.sqrt(_power(x) / jnp.maximum(_power(noise), 1e-12)) * 10 ** (-snr / 20)
+    power = jnp.sum(x * x, axis=1) / jnp.maximum(ends, 1)
+    of_noise = jnp.maximum(jnp.mean(noise * noise, axis=1), 1e-12)
+    loudness = jnp.sqrt(power / of_noise)[:, None] * 10 ** (-snr / 20)
     return jnp.where(jax.random.bernoulli(keys[3], self.noise, (b, 1)), loudness * noise, 0)
 
   def features(self, x: jax.Array, key: jax.Array) -> jax.Array:  # [b, t, features]
@@ -141,7 +144,7 @@ class Augmentation:
       if number and width:
         first, second = jax.random.split(own)
         shape = (len(x), number, 1)
-        widths = jax.random.randint(first, shape, 0, width)
+        widths = jax.random.randint(first, shape, 0, min(width, x.shape[axis]))
         begins = jax.random.uniform(second, shape) * (x.shape[axis] - widths + 1)
         begins = begins.astype(widths.dtype)
         index = jnp.arange(x.shape[axis])[None, None]
@@ -177,7 +180,3 @@ def _interpolated(x: jax.Array, at: jax.Array) -> jax.Array:  # [b, n], [b, n] -
   left = jnp.minimum(jnp.floor(at).astype(jnp.int32), x.shape[1] - 2)
   part = at - left
   return (1 - part) * jnp.take_along_axis(x, left, 1) + part * jnp.take_along_axis(x, left + 1, 1)
-
-
-def _power(x: jax.Array) -> jax.Array:
-  return jnp.mean(x * x, axis=1, keepdims=True)

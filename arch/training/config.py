@@ -20,7 +20,12 @@ def default_config(data: str | None = None, **model) -> ConfigDict:
   """
   options = fields(model)
   architecture = find(model["architecture"])
-  task = _language() if architecture.task == "language" else _classification(data or "mnist")
+  if architecture.task == "language":
+    if data is not None:
+      raise ValueError(f"data is {data!r}, expected none: {model['architecture']} models language")
+    task = _language()
+  else:
+    task = _classification(data or "mnist")
   evaluation = task.pop("eval")
   return ConfigDict(
     {
@@ -108,7 +113,7 @@ def _classification(data: str) -> dict[str, Any]:
       **sections[data],
       "workers": 0,  # processes that read batches ahead; 0: threads
     },
-    "objective": "softmax",  # or sigmoid: every class by itself
+    "objective": "softmax",  # or sigmoid: every class by itself; evaluation is of softmax always
     "label_smoothing": 0.0,  # share of the targets that is divided among all classes
     **audio,  # what is done to clips in training, see `Augmentation`
     "eval": {

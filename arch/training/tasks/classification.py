@@ -77,6 +77,10 @@ class Classification(Task):
         f"{len(self.vocabulary)}"
       )
     rate, wanted = config.data.get("sample_rate", 16000), _sample_frequency(config.model)
+    if wanted is None and "augment" in config:
+      raise ValueError(
+        f"model.front_end is None, expected one for samples of {config.data.name}, such as fbank"
+      )
     if wanted not in (None, rate):
       raise ValueError(
         f"model.front_end takes {wanted:g} samples a second, expected those of the data, {rate}"
