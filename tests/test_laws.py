@@ -67,6 +67,8 @@ def test_law_1_forms_agree(name, rounded, data):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @given(data=st.data())
 def test_law_1_forms_agree_at_any_shape(name, shape, data):
+  if name in ARCHITECTURES:
+    pytest.skip("its mixers are asked")
   laws.forms_agree(name, "float64", data.draw(cases(name, *shape)))
 
 

@@ -21,10 +21,7 @@ SIZES = {"front_end": FRONT_END, "in_features": 4, "num_classes": 3, "d_model": 
 LMUFORMER = {"mlp_ratio": 2, "order": 4, "theta": 6.0, "memory_channels": 2, "chunk_size": 4}
 PATTERNS = {
   "retention": "retention",
-  "attention": "attention(max_len=64)",
   "primer": "mdha(max_len=64)",
-  "hypermixing": "hypermixing(mixing_dim=8)",
-  "lmu": "lmu(order=4, theta=6.0)",
 }
 ENCODER = {"num_heads": 2, "ffn_dim": 12, "chunk_size": 4}
 MODELS = {
