@@ -1,26 +1,32 @@
-"""Spoken words: what is in which split, classes, noise, bad files, and preparation."""
+"""Spoken words: what is in which split, classes, noise and bad files."""
 
 import gzip
 import pickle
 import re
-import signal
-import subprocess
 import sys
-import tarfile
-import wave
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from spoken_words import (
+  RATE,
+  SPEAKER,
+  assert_same,
+  contents,
+  opener,
+  pack,
+  rows,
+  write_clip,
+  write_noise,
+  write_twelve,
+  write_words,
+)
 
-from triform.arch.data import speech_builder
 from triform.arch.data.batches import ShuffledBatches
-from triform.arch.data.speech import WORDS, SpeechCommands
+from triform.arch.data.speech import WORDS
 from triform.arch.data.speech_lists import Clip, hash_split, split_clips
-
-RATE = 1000  # Hz; a row has as many samples
 
 # Of the official lists of v0.01, and clips that are in none of the two; four are those closest to
 # where a split ends.
@@ -46,69 +52,11 @@ PUBLISHED = {
   "happy/fac74f6a_nohash_1.wav": "train",
   "off/5fe4a278_nohash_0.wav": "train",
 }
-SPEAKER = {"train": "b87bdb22", "validation": "a7dd45cf", "test": "6e916de8"}
-
-
-def write_clip(path: Path, samples, *, channels=1, rate=RATE) -> np.ndarray:
-  samples = np.asarray(samples, np.int16)
-  path.parent.mkdir(parents=True, exist_ok=True)
-  with wave.open(str(path), "wb") as writer:
-    writer.setparams((channels, 2, rate, 0, "NONE", ""))
-    writer.writeframes(samples.tobytes())
-  return samples
-
-
-def write_words(root: Path, words, counts, length=RATE) -> dict[str, np.ndarray]:
-  """For each word as many clips by split as `counts` says, each with a number of its own."""
-  clips = {}
-  for word in words:
-    for split, count in counts.items():
-      for k in range(count):
-        name = f"{word}/{SPEAKER[split]}_nohash_{k}.wav"
-        clips[name] = write_clip(root / name, np.full(length, len(clips) + 1))
-  return clips
-
-
-def write_noise(root: Path, count=2, length=20 * RATE) -> None:
-  """Recordings whose samples tell where they are, by tens, and which it is."""
-  for k in range(count):
-    samples = np.arange(length) // 2 + 10000 * k + 1000
-    write_clip(root / "_background_noise_" / f"noise{k}.wav", samples)
-
-
-def pack(root: Path, archive: Path) -> Path:
-  """An archive as the official ones are, its members in an order of its own."""
-  with tarfile.open(archive, "w:gz" if archive.name.endswith("gz") else "w") as tar:
-    tar.add(root, "./", recursive=False)
-    for path in sorted(root.rglob("*"), reverse=True):
-      tar.add(path, f"./{path.relative_to(root)}", recursive=False)
-  return archive
 
 
 @pytest.fixture
 def opened(tmp_path):
-  def open_data(path=tmp_path / "data", **options):
-    options = {"sample_rate": RATE, "dir": str(tmp_path / "cache"), **options}
-    return SpeechCommands(None if path is None else str(path), **options)
-
-  return open_data
-
-
-def rows(data, split):
-  examples = data.examples(split)
-  return [examples[i] for i in range(len(examples))]
-
-
-def contents(data, split):
-  return sorted((data.labels[row["targets"]], int(row["inputs"][0])) for row in rows(data, split))
-
-
-def assert_same(left, right):
-  assert len(left) == len(right)
-  for one, other in zip(left, right, strict=True):
-    assert one.keys() == other.keys()
-    for name, array in one.items():
-      np.testing.assert_array_equal(array, other[name])
+  return opener(tmp_path)
 
 
 def test_the_hash_rule_is_the_published_one():
@@ -217,14 +165,6 @@ def test_rows_are_cut_padded_and_typed(tmp_path, opened):
   assert opened(seconds=0.25).examples("train")[0]["inputs"].shape == (250,)
   with pytest.raises(IndexError, match="row 3 of 3"):
     data.examples("train")[3]
-
-
-def write_twelve(root: Path, noise=True) -> Path:
-  write_words(root, WORDS, {"train": 3, "validation": 2, "test": 1}, length=5)
-  write_words(root, ("bed", "cat", "dog"), {"train": 3, "validation": 1, "test": 1}, length=5)
-  if noise:
-    write_noise(root)
-  return root
 
 
 @pytest.mark.parametrize("ending", [".tar", ".tar.gz"])
@@ -411,79 +351,6 @@ def test_missing_soundfile_is_no_bad_file(tmp_path, opened, monkeypatch):
   monkeypatch.setitem(sys.modules, "soundfile", None)
   with pytest.raises(ValueError, match="pip install soundfile"):
     opened(on_bad="skip")
-
-
-def prepared(tmp_path) -> list[Path]:
-  return sorted((tmp_path / "cache").glob("tfds/speech_clips/*/1.0.0"))
-
-
-def test_clips_are_prepared_once(tmp_path, opened, monkeypatch):
-  write_twelve(tmp_path / "data")
-  first = opened()
-  expected = rows(first, "train")
-  assert len(prepared(tmp_path)) == 1
-  monkeypatch.setattr(speech_builder, "read_audio", None)
-  monkeypatch.setattr(speech_builder, "opened", None)
-  assert_same(rows(opened(), "train"), expected)
-  assert len(opened(classes="12", seed=3, on_bad="skip").examples("test")) == 12
-  assert len(prepared(tmp_path)) == 1
-
-
-def test_what_changed_is_prepared_anew(tmp_path, opened):
-  folder = tmp_path / "data"
-  write_words(folder, ("no", "yes"), {"train": 2, "test": 1})
-  path = folder / "no" / f"{SPEAKER['train']}_nohash_0.wav"
-  seen = [opened()]
-  write_clip(path, np.full(RATE, 77))  # of the same size
-  seen.append(opened())
-  assert ("no", 77) in contents(seen[1], "train") and ("no", 77) not in contents(seen[0], "train")
-  path.unlink()
-  seen.append(opened())
-  assert len(seen[2].examples("train")) == 3
-  (folder / "testing_list.txt").write_text("")
-  (folder / "validation_list.txt").write_text("")
-  assert len(opened().examples("train")) == 5
-  opened(seconds=0.5)
-  opened(sample_rate=2000)
-  assert len(prepared(tmp_path)) == 6
-
-
-def test_a_failed_preparation_leaves_nothing(tmp_path, opened, monkeypatch):
-  write_words(tmp_path / "data", ("no", "yes"), {"train": 2})
-  calls = []
-
-  def fail(*args, **kwargs):
-    calls.append(args)
-    if len(calls) == 3:
-      raise KeyboardInterrupt
-    return read(*args, **kwargs)
-
-  read = speech_builder.read_audio
-  monkeypatch.setattr(speech_builder, "read_audio", fail)
-  with pytest.raises(KeyboardInterrupt):
-    opened()
-  assert not prepared(tmp_path) and not list((tmp_path / "cache").rglob("*array_record*"))
-  assert len(opened().examples("train")) == 4
-
-
-KILLED = """
-import os, signal, sys
-from triform.arch.data import speech, speech_builder
-speech_builder.read_audio = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
-speech.SpeechCommands(sys.argv[1], sample_rate=int(sys.argv[2]), dir=sys.argv[3])
-"""
-
-
-def test_what_a_killed_preparation_left_is_removed(tmp_path, opened):
-  write_words(tmp_path / "data", ("no", "yes"), {"train": 2})
-  arguments = [str(tmp_path / "data"), str(RATE), str(tmp_path / "cache")]
-  process = subprocess.run([sys.executable, "-c", KILLED, *arguments], capture_output=True)
-  assert process.returncode == -signal.SIGKILL, process.stderr
-  folder = tmp_path / "cache" / "tfds" / "speech_clips"
-  assert ".1.0.0.partial" in {path.name for path in folder.glob("*/*")}
-  assert not prepared(tmp_path)
-  assert len(opened().examples("train")) == 4
-  assert {path.name for path in folder.glob("*/*")} == {"1.0.0", ".1.0.0.lock"}
 
 
 def test_rows_may_go_to_other_threads_and_processes(tmp_path, opened):
