@@ -232,6 +232,14 @@ def test_without_state_it_is_at_rest_and_flags_may_be_left_out(reset_value):
       np.testing.assert_array_equal(got, same)
 
 
+@pytest.mark.parametrize("t", [0, 7, 23])
+def test_unrolled_for_accelerators_it_is_the_same(monkeypatch, t):
+  x, tau, state = numbers(0, t)
+  looped = kernels.lif(x, tau=tau, state=state)
+  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+  jax.tree.map(np.testing.assert_array_equal, kernels.lif(x, tau=tau, state=state), looped)
+
+
 def test_maps_over_an_axis():
   x, tau, state = map(np.float32, numbers(0, T))
   stacked = np.stack([x, x + 1]), np.stack([tau, tau + 1]), np.stack([state, state + 1])

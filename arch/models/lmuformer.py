@@ -52,7 +52,8 @@ class LMUFormer(Classifier):
     theta: length of their window in frames.
     memory_channels: of every memory; 1 as published.
     dropout: of what blocks add.
-    tau, learn_tau, reset_value, surrogate, slope, detach_reset: of spiking neurons, see `LIF`.
+    tau, learn_tau, threshold, reset_value, surrogate, slope, detach_reset: of spiking neurons, see
+      `LIF`.
     chunk_size: of the memory's chunkwise form.
   """
 
@@ -74,6 +75,7 @@ class LMUFormer(Classifier):
     dropout: float = 0.0,
     tau: float = 2.0,
     learn_tau: bool = False,
+    threshold: float = 1.0,
     reset_value: float | None = 0.0,
     surrogate: str = "sigmoid",
     slope: float | None = None,
@@ -93,6 +95,7 @@ class LMUFormer(Classifier):
       LIF,
       tau=tau,
       learn_tau=learn_tau,
+      threshold=threshold,
       reset_value=reset_value,
       surrogate=surrogate,
       slope=slope,

@@ -39,7 +39,8 @@ def default_config(data: str | None = None, **model) -> ConfigDict:
       "total_steps": 1000,  # or, if given, what takes its place:
       "total_epochs": placeholder(float),
       "log_every_steps": 10,
-      "average_decay": placeholder(float),  # of an average of the parameters, which then is used
+      # Of an average of the parameters, which then is used; at first (1 + step) / (10 + step).
+      "average_decay": placeholder(float),
       "mesh": "fsdp=-1",  # devices, as in data=2,fsdp=4; -1 is all the rest
       # Parameter names (regular expressions) and mesh axes.
       "sharding_rules": architecture.sharding_rules,

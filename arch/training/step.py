@@ -85,7 +85,8 @@ def make_train_step(
     params = optax.apply_updates(state.params, updates)
     average = None
     if average_decay is not None:
-      average = optax.incremental_update(params, state.average, 1 - average_decay)
+      decay = jnp.minimum(average_decay, (1 + step) / (10 + step))  # the start is soon forgotten
+      average = optax.incremental_update(params, state.average, 1 - decay)
     metrics = {
       **{name: value / count for name, value in sums.items()},
       "total_loss": sums["loss"],

@@ -48,6 +48,11 @@ def check_neuron(tau: Any, surrogate: str, slope: float | None) -> None:
     raise ValueError(f"slope is {slope}, expected above 0")
 
 
+# In a program of an accelerator, where a loop costs more than a token's arithmetic: a training step
+# on an H200 takes a third of the time, and twice as long to compile.
+UNROLLED = 10
+
+
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def _spike(surrogate, slope, z):
   """1 where `z >= 0`, in the dtype of `z`."""
@@ -147,5 +152,6 @@ def lif(
     fresh = ~mask if reset is None else reset | ~mask
   start = jnp.full((b, d), rest, dtype) if state is None else state.astype(dtype)
   over_time = jax.tree.map(lambda a: jnp.moveaxis(a, 1, 0), (x, fresh, mask))
-  final, spikes = jax.lax.scan(step, start, over_time)
+  unroll = 1 if jax.default_backend() == "cpu" else UNROLLED
+  final, spikes = jax.lax.scan(step, start, over_time, unroll=unroll)
   return jnp.moveaxis(spikes, 0, 1), final
