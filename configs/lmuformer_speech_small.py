@@ -6,7 +6,8 @@
 README has what it reaches on 3,416 clips; an epoch of them takes 24 s on one core of a CPU. Other
 than as published: frames every 20 ms, two blocks, four channels of each memory, and convolutions of
 which the first three share their weights over frequency. `:causal` has convolutions that see no
-later frame, `:spiking_ms` spiking neurons.
+later frame. `:spiking_ms` has spiking neurons, which learn more slowly: more of them that fire and
+forget sooner, more channels of memories, a higher rate and less augmentation.
 """
 
 from triform.arch.training.config import default_config
@@ -14,13 +15,14 @@ from triform.arch.training.config import default_config
 MODELS = {
   "plain": {"padding": "same"},
   "causal": {"padding": "causal"},
-  "spiking_ms": {"padding": "same", "variant": "spiking_ms"},
+  "spiking_ms": {"padding": "same", "variant": "spiking_ms", "threshold": 0.5, "tau": 1.2},
 }
 
 
 def get_config(variant: str = "plain"):
   if variant not in MODELS:
     raise ValueError(f"variant is {variant!r}, expected one of {', '.join(MODELS)}")
+  spiking = variant == "spiking_ms"
   config = default_config(
     "speech",
     architecture="lmuformer",
@@ -30,11 +32,11 @@ def get_config(variant: str = "plain"):
     d_model=128,
     num_layers=2,
     mlp_ratio=2,
-    stem_channels=(16, 24, 32),
-    order=64,
+    stem_channels=(32, 48, 64) if spiking else (16, 24, 32),
+    order=32 if spiking else 64,
     theta=50.0,
-    memory_channels=4,
-    dropout=0.1,
+    memory_channels=16 if spiking else 4,
+    dropout=0.0 if spiking else 0.1,
     **MODELS[variant],
   )
   config.form = "parallel"
@@ -47,12 +49,12 @@ def get_config(variant: str = "plain"):
   config.augment.speed = 0.1
   config.augment.shift = 100.0
   config.augment.noise = 0.8
-  config.augment.prefixes = 0.25
+  config.augment.prefixes = 0.0 if spiking else 0.25
   config.augment.frequency_masks = 2
   config.augment.frequency_width = 6
-  config.augment.time_masks = 2
+  config.augment.time_masks = 1 if spiking else 2
   config.augment.time_width = 8
-  config.optimizer.learning_rate = 2e-3
+  config.optimizer.learning_rate = 1e-2 if spiking else 2e-3
   config.optimizer.warmup_steps = 300
   config.optimizer.final_fraction = 0.01
   config.eval.form = "parallel"

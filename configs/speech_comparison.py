@@ -22,8 +22,8 @@ ENCODERS = {
 LMUFORMERS = {
   "lmuformer": {"padding": "same"},
   "lmuformer_causal": {"padding": "causal"},
-  "lmuformer_spiking_ms": {"padding": "same", "variant": "spiking_ms"},
-  "lmuformer_spiking": {"padding": "same", "variant": "spiking"},
+  "lmuformer_spiking_ms": {"padding": "same", "variant": "spiking_ms", "threshold": 0.5},
+  "lmuformer_spiking": {"padding": "same", "variant": "spiking", "threshold": 0.5},
 }
 MODELS = [*LMUFORMERS, *ENCODERS]
 
