@@ -51,6 +51,7 @@ def pack(root: Path, archive: Path) -> Path:
 
 def opener(tmp_path):
   """`opened(path, **options)`, a data set of small clips, prepared in a folder of the test."""
+
   def open_data(path=tmp_path / "data", **options):
     options = {"sample_rate": RATE, "dir": str(tmp_path / "cache"), **options}
     return SpeechCommands(None if path is None else str(path), **options)
