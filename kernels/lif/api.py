@@ -48,8 +48,8 @@ def check_neuron(tau: Any, surrogate: str, slope: float | None) -> None:
     raise ValueError(f"slope is {slope}, expected above 0")
 
 
-# In a program of an accelerator, where a loop costs more than a token's arithmetic: a training step
-# on an H200 takes a third of the time, and twice as long to compile.
+# Tokens in one turn of an accelerator's loop, which costs more than their arithmetic: a training
+# step takes a third of the time on an H200. Many more take minutes to compile.
 UNROLLED = 10
 
 
