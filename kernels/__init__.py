@@ -8,6 +8,7 @@ from .attention import KVCache, attention, new_cache, relative_buckets
 from .checks import FORMS, Form
 from .convolution import causal_depthwise_conv, causal_shifts
 from .hypermixing import activate, causal_hypermixing
+from .implementations import IMPLEMENTATIONS, Implementation
 from .lif import SURROGATES, lif
 from .lmu import lmu
 from .positions import decayed_count, token_positions
@@ -17,8 +18,10 @@ from .sinusoid import sinusoid
 
 __all__ = [
   "FORMS",
+  "IMPLEMENTATIONS",
   "SURROGATES",
   "Form",
+  "Implementation",
   "KVCache",
   "activate",
   "attention",

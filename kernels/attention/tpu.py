@@ -4,7 +4,8 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec as P
+
+from ..sharding import divided
 
 BLOCK = 512  # tokens of queries and of keys at a time, or the largest divisor below
 LANES = 128
@@ -27,12 +28,8 @@ def attention(
 ) -> jax.Array:  # [b, t, h, k]
   """Causal self-attention, the batch divided as the mesh in scope divides it."""
   one = functools.partial(_attention, window=window, scale=scale)
-  mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty:
-    return one(q, k, v, segments)
-  # A Mosaic kernel cannot be partitioned by the compiler.
-  rows = P(mesh.axis_names)
-  return jax.shard_map(one, in_specs=rows, out_specs=rows, check_vma=False)(q, k, v, segments)
+  on_all = divided(one, ("bth", "bth", "bth", "bt"), "bth", rows=q.shape[0], heads=k.shape[2])
+  return on_all(q, k, v, segments)
 
 
 def _attention(q, k, v, segments, *, window, scale):

@@ -1,12 +1,16 @@
 """The public functions: validation, then the form asked for."""
 
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 
+from .. import implementations
 from ..checks import Form, check_form, check_heads, check_shapes
+from ..implementations import Implementation
 from ..positions import decayed_count
+from ..sharding import divided
 from . import xla
 
 
@@ -22,6 +26,7 @@ def retention(
   mask: jax.Array | None = None,  # bool[b, t]
   form: Form = "chunkwise",
   chunk_size: int = 128,
+  implementation: Implementation | Sequence[Implementation] | None = None,
 ) -> tuple[jax.Array, jax.Array]:  # [b, t, h, v], [b, h, k, v]
   """Multi-scale retention (RetNet, section 2.1), without scaling, rotation or normalisation.
 
@@ -44,7 +49,10 @@ def retention(
       real tokens (its own `reset` included), whatever it holds. The output there is finite and
       unspecified.
     form: which algorithm.
-    chunk_size: tokens in a chunk of the chunkwise form; other forms ignore it.
+    chunk_size: tokens in a chunk of the chunkwise form of `"xla"`; the rest ignore it.
+    implementation: `"xla"`, every form of any arrays; `"tpu"`, a kernel for the chunkwise form of
+      bfloat16 or float32 arrays of 128 or more tokens; or several, of which the first is taken
+      that fits. `None`: the kernel of the platform the program is compiled for, where it fits.
 
   Returns:
     Outputs in the dtype of `v`, and the final state. State, decays and sums are held in the
@@ -52,7 +60,8 @@ def retention(
     `log_decay` included.
 
   Raises:
-    ValueError: for shapes that do not fit together, or an unknown form.
+    ValueError: for shapes that do not fit together, an unknown form or implementation.
+    NotImplementedError: if no implementation asked for takes these arguments; it says why.
   """
   arrays = (q, k, v, log_decay, state, reset, mask)
   q, k, v, log_decay, state, reset, mask = jax.tree.map(jnp.asarray, arrays)
@@ -80,7 +89,35 @@ def retention(
     q, k, v = (jnp.where(mask[..., None, None], a, 0) for a in (q, k, v))
     if log_decay.ndim == 3:
       log_decay = jnp.where(mask[..., None], log_decay, 0)
-  return forms[form](q, k, v, log_decay, state, reset, mask)
+  return implementations.run(
+    "retention",
+    implementation,
+    {"xla": forms[form], "tpu": _on_tpu},
+    {"xla": None, "tpu": _unsupported_reason(form, q, k, v, state)},
+    *(q, k, v, log_decay, state, reset, mask),
+  )
+
+
+def _unsupported_reason(form, q, k, v, state) -> str | None:
+  if form != "chunkwise":
+    return f"the form is {form!r}, expected 'chunkwise'"
+  from . import tpu  # Pallas takes long to import, and few need it
+
+  return tpu.unsupported_reason(q, k, v, state)
+
+
+def _on_tpu(q, k, v, log_decay, state, reset, mask):
+  from . import tpu
+
+  decays = "h" if log_decay.ndim == 1 else "bth"
+  one = divided(
+    tpu.chunkwise,
+    ("bth", "bth", "bth", decays, "bh", "bt", "bt"),
+    ("bth", "bh"),
+    rows=q.shape[0],
+    heads=k.shape[2],
+  )
+  return one(q, k, v, log_decay, state, reset, mask)
 
 
 def head_norm(

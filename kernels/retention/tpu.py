@@ -1,0 +1,238 @@
+"""Chunkwise retention on TPUs: what surrounds the kernels.
+
+A row is read in blocks of chunks, its heads beside each other as they are in `[b, t, h k]`, and the
+state stays on chip from block to block.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from ..runs import pad_to_runs, untouched_if_masked
+from . import tpu_kernels
+from .tpu_kernels import CHUNK, Block, Weights
+
+BLOCK = 4  # chunks at most: enough for their latencies to hide behind each other
+VMEM = 64 * 2**20  # bytes of a core's memory, at most
+
+
+def unsupported_reason(q, k, v, state) -> str | None:
+  """Why these arrays cannot go through the kernels, or `None`."""
+  dtypes = {str(a.dtype) for a in (q, k, v)}
+  if dtypes not in ({"bfloat16"}, {"float32"}):
+    return f"q, k and v are {', '.join(sorted(dtypes))}, expected all bfloat16 or all float32"
+  if state is not None and state.dtype == jnp.float64:
+    return "the state is float64, expected float32"
+  if q.shape[1] < CHUNK:
+    return f"there are {q.shape[1]} tokens, expected at least {CHUNK}, a chunk"
+  if max(q.shape[-1], v.shape[-1]) > 512:
+    return f"keys and values have size {q.shape[-1]} and {v.shape[-1]}, expected at most 512"
+  return None
+
+
+def chunkwise(q, k, v, log_decay, state, reset, mask, *, interpret=False):
+  """As in `.xla`, in chunks of 128."""
+  b, t, h, key_size = q.shape
+  value_size = v.shape[-1]
+  state = jnp.zeros((b, h, key_size, value_size)) if state is None else state
+  state = state.astype(jnp.float32)
+  rate = log_decay.astype(jnp.float32)
+  per_token = () if rate.ndim == 1 else (rate,)
+  reset, mask, q, k, v, *per_token = pad_to_runs(CHUNK, reset, mask, q, k, v, *per_token)
+  exponent = segment = None
+  if per_token:
+    rate, exponent = None, _running_sums(per_token[0])
+  elif mask is not None:
+    exponent = _running_sums(mask[..., None])
+  if reset is not None:
+    segment = _running_sums((reset if mask is None else reset & mask)[..., None])
+  before = jnp.pad(state, [(0, 0), (0, 0), (0, -key_size % CHUNK), (0, -value_size % CHUNK)])
+  heads = _beside(q), _beside(k), _beside(v)
+  o, after = _chunkwise(*heads, rate, exponent, segment, before, interpret)
+  o = o.reshape(*q.shape[:3], -1)[:, :t, :, :value_size]
+  after = after[:, :, :key_size, :value_size]
+  return o, untouched_if_masked(after, state, mask)
+
+
+def _running_sums(a):
+  """Sums within chunks: [b, n c, h] to float32 [b, h, 1, n c]."""
+  b, t, h = a.shape
+  a = a.reshape(b, t // CHUNK, CHUNK, h).astype(jnp.float32)
+  return jnp.cumsum(a, axis=2).reshape(b, t, h).swapaxes(1, 2)[:, :, None]
+
+
+def _beside(a):
+  """[b, t, h, size] to [b, t, h n c]: whole registers to a head, zeros in what they have more."""
+  a = jnp.pad(a, [(0, 0), (0, 0), (0, 0), (0, -a.shape[-1] % CHUNK)])
+  return a.reshape(*a.shape[:2], -1)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(7,))
+def _chunkwise(q, k, v, rate, exponent, segment, state, interpret):
+  """Of q, k and v `[b, n c, heads size]`, exponent and segment `[b, 1 or h, 1, n c]`.
+
+  Either the rate is there, `[h]`, or every head has exponents of its own.
+  """
+  o, after, _ = _forward(q, k, v, rate, exponent, segment, state, interpret, save=False)
+  return o, after
+
+
+def _chunkwise_forward(*args):
+  o, after, starts = _forward(*args, save=True)
+  return (o, after), (*args[:6], starts)
+
+
+def _forward(q, k, v, rate, exponent, segment, state, interpret, *, save):
+  at = _Placement(q, k, state.shape)
+  starts = jax.ShapeDtypeStruct((*at.grid, *at.matrix), q.dtype)
+  o = jax.ShapeDtypeStruct((at.b, at.t, at.h * at.matrix[1]), v.dtype)
+  return at.call(
+    tpu_kernels.forward,
+    (rate, exponent, segment),
+    [(q, at.heads), (k, at.shared), (v, at.shared), (state, at.state)],
+    [(o, at.heads), (state, at.state), (starts, at.start) if save else None],
+    scratch=[(at.matrix, jnp.float32)],
+    products=2,
+    interpret=interpret,
+  )
+
+
+def _chunkwise_backward(interpret, residuals, cotangents):
+  q, k, v, rate, exponent, segment, starts = residuals
+  d_o, d_after = cotangents
+  at = _Placement(q, k, d_after.shape, reverse=True)
+  rates = jax.ShapeDtypeStruct((at.b, at.h, 1, CHUNK), jnp.float32)
+  # Query heads that share a key/value head have gradients of their own, which are added.
+  d_k, d_v = (
+    jax.ShapeDtypeStruct((at.b, at.t, at.h * size), a.dtype if at.alone else jnp.float32)
+    for a, size in zip((k, v), at.matrix, strict=True)
+  )
+  d_q, d_k, d_v, d_state, d_rate, d_exponent = at.call(
+    tpu_kernels.backward,
+    (rate, exponent, segment),
+    [
+      *((q, at.heads), (k, at.shared), (v, at.shared), (d_o, at.heads)),
+      *((starts, at.start), (d_after, at.state)),
+    ],
+    [
+      *((q, at.heads), (d_k, at.heads), (d_v, at.heads), (d_after, at.state)),
+      *((None, (exponent, at.row)) if rate is None else ((rates, at.state), None)),
+    ],
+    scratch=[
+      ((at.chunks, *at.matrix), q.dtype),
+      (at.matrix, jnp.float32),
+      (at.matrix, jnp.float32),
+    ],
+    products=5,
+    interpret=interpret,
+  )
+  d_rate = None if rate is None else d_rate.sum(axis=(0, 2, 3))
+  return d_q, at.add(d_k, k), at.add(d_v, v), d_rate, d_exponent, None, d_state
+
+
+_chunkwise.defvjp(_chunkwise_forward, _chunkwise_backward)
+
+
+class _Placement:
+  """The grid, a step of which takes `chunks` chunks of a head, and its blocks of arrays."""
+
+  def __init__(self, q, k, state_shape, *, reverse=False):
+    self.b, self.h, *self.matrix = state_shape
+    self.t = q.shape[1]
+    self.chunks = math.gcd(self.t // CHUNK, BLOCK)
+    steps = self.t // (self.chunks * CHUNK)
+    self.grid = (self.b, self.h, steps)
+    self._per_kv_head = self.h * self.matrix[0] // k.shape[2]
+    self._step = (lambda n: steps - 1 - n) if reverse else lambda n: n
+
+  @property
+  def alone(self) -> bool:
+    return self._per_kv_head == 1
+
+  def add(self, d, a):
+    """Gradients by query head, added up for the key/value heads of `a`."""
+    if self.alone:
+      return d
+    size = d.shape[2] // self.h
+    return (
+      d.reshape(self.b, self.t, -1, self._per_kv_head, size)
+      .sum(axis=3)
+      .reshape(a.shape)
+      .astype(a.dtype)
+    )
+
+  def heads(self, a):
+    size = a.shape[2] // self.h
+    return pl.BlockSpec((1, self.chunks * CHUNK, size), lambda b, h, n: (b, self._step(n), h))
+
+  def shared(self, a):
+    """One key/value head for several of queries."""
+    size = a.shape[2] * self._per_kv_head // self.h
+    return pl.BlockSpec(
+      (1, self.chunks * CHUNK, size),
+      lambda b, h, n: (b, self._step(n), jax.lax.div(h, self._per_kv_head)),
+    )
+
+  def row(self, a):
+    """A number per token."""
+    own = a.shape[1] > 1
+    return pl.BlockSpec(
+      (1, 1, 1, self.chunks * CHUNK), lambda b, h, n: (b, h if own else 0, 0, self._step(n))
+    )
+
+  def state(self, a):
+    return pl.BlockSpec((1, 1, *a.shape[2:]), lambda b, h, n: (b, h, 0, 0))
+
+  def start(self, a):
+    """A state per grid step."""
+    return pl.BlockSpec((1, 1, 1, *a.shape[3:]), lambda b, h, n: (b, h, self._step(n), 0, 0))
+
+  def call(self, body, decays, inputs, outputs, *, scratch, products, interpret):
+    """Runs `body` on arrays, each of which comes with the method that places it.
+
+    `products`: how many [c, k] by [k, v] matrices it multiplies in a chunk, and nearly as many of
+    [c, c] by [c, k or v].
+    """
+    rate, *rows = decays
+    arrays = [a for a, _ in inputs]
+    shapes = [None if output is None else output[0] for output in outputs]
+    key_size, value_size = self.matrix
+    macs = products * CHUNK * (key_size * value_size + CHUNK * (key_size + value_size) // 2)
+    cost = pl.CostEstimate(
+      flops=2 * macs * self.b * self.h * self.t // CHUNK,
+      transcendentals=self.b * self.h * self.t * CHUNK,
+      bytes_accessed=sum(a.size * a.dtype.itemsize for a in jax.tree.leaves((arrays, shapes))),
+    )
+    weights = Weights((CHUNK, CHUNK), (CHUNK, CHUNK), (CHUNK, CHUNK), (1, CHUNK))
+    return pl.pallas_call(
+      functools.partial(_kernel, body),
+      grid=self.grid,
+      in_specs=[
+        None if rate is None else pl.BlockSpec(memory_space=pltpu.SMEM),
+        *(None if a is None else self.row(a) for a in rows),
+        [place(a) for a, place in inputs],
+      ],
+      out_specs=[None if output is None else output[1](output[0]) for output in outputs],
+      out_shape=[a if a is None else jax.ShapeDtypeStruct(a.shape, a.dtype) for a in shapes],
+      scratch_shapes=[
+        [pltpu.VMEM(shape, jnp.float32) for shape in weights],
+        [pltpu.VMEM(shape, dtype) for shape, dtype in scratch],
+      ],
+      compiler_params=pltpu.CompilerParams(
+        dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM
+      ),
+      cost_estimate=cost,
+      name=f"retention_{body.__name__}",
+      interpret=interpret,
+    )(rate, *rows, arrays)
+
+
+def _kernel(body, rate, exponent, segment, inputs, *rest):
+  *outputs, weights, scratch = rest
+  rate = 1.0 if rate is None else rate[pl.program_id(1)]
+  block = Block(rate, exponent, segment, Weights(*weights))
+  body(block, *inputs, *outputs, *scratch)

@@ -1,0 +1,54 @@
+"""Kernels on a mesh: the compiler cannot divide them, so each device is given its part."""
+
+from collections.abc import Callable
+
+import jax
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+
+def divided(
+  function: Callable,
+  in_axes: tuple[str, ...],
+  out_axes: str | tuple[str, ...],
+  *,
+  rows: int,
+  heads: int,
+) -> Callable:
+  """`function` on every device's own rows and heads, if a mesh is in scope.
+
+  An axis of the mesh divides the rows of the batch if it can, else the heads if it can, else it
+  divides nothing. Axes that the caller has divided by hand (`jax.shard_map`) are left alone.
+
+  Every array's axes are told by letters, `b` for rows, `h` for heads, any other for the rest, of
+  which those at the end may be left out. There are `rows` rows, and no array has fewer than `heads`
+  heads.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty:
+    return function
+  axes = {"b": [], "h": []}
+  free = []
+  for name, size, kind in zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types, strict=True):
+    if kind == AxisType.Manual:
+      continue
+    free.append(name)
+    if rows % size == 0:
+      axes["b"].append(name)
+      rows //= size
+    elif heads % size == 0:
+      axes["h"].append(name)
+      heads //= size
+  if not free:
+    return function
+
+  def spec(letters):
+    return P(*(tuple(axes.get(letter, ())) or None for letter in letters))
+
+  return jax.shard_map(
+    function,
+    in_specs=tuple(map(spec, in_axes)),
+    out_specs=jax.tree.map(spec, out_axes),
+    axis_names=set(free),
+    check_vma=False,  # kernels do not say along which axes their results vary
+  )
