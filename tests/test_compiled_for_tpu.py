@@ -6,13 +6,18 @@ import re
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental import topologies
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
+from triform import kernels
 from triform.arch.sharding import batch_sharding, make_mesh
 from triform.arch.training.config import default_config
 from triform.arch.training.program import make_program
+from triform.kernels.retention import specs
 
 pytestmark = [
   pytest.mark.slow,
@@ -22,15 +27,19 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 V5E_MEMORY = 16 * 2**30  # bytes a chip
 
 
-@pytest.fixture(scope="module")
-def v5e_4x4():
+def devices(topology: str):
   os.environ |= {  # or libtpu looks for a TPU, and for its lock
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_ACCELERATOR_TYPE": "v5litepod-16",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
   }
-  return topologies.get_topology_desc(platform="tpu", topology_name="v5e:4x4").devices
+  return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+
+
+@pytest.fixture(scope="module")
+def v5e_4x4():
+  return devices("v5e:4x4")
 
 
 def get_config(name, *variant):
@@ -47,6 +56,8 @@ def test_a_training_step_fits_on_v5e_4x4(v5e_4x4, name):
   config, docstring = get_config(name)
   config.model.scan_layers = True  # as on a TPU
   program, lowered = lower_step(config, v5e_4x4)
+  if name == "retnet_1b":
+    assert "retention_forward" in lowered.as_text() and "retention_backward" in lowered.as_text()
   memory = lowered.compile().memory_analysis()
   used = memory.argument_size_in_bytes + memory.temp_size_in_bytes
   assert used < 0.95 * V5E_MEMORY
@@ -75,6 +86,48 @@ def test_attention_compiles_to_the_kernel_where_it_fits(v5e_4x4, options, kernel
   _, lowered = lower_step(config, v5e_4x4)
   assert ("tpu_custom_call" in lowered.as_text()) == kernels
   lowered.compile()
+
+
+@pytest.mark.parametrize(
+  ("topology", "shape"),
+  [("v5e:2x2", shape) for shape in specs.ALL]
+  + [(topology, specs.RETNET) for topology in ("v5p:2x2x1", "v6e:2x2")],
+)
+def test_retention_compiles_at_named_shapes(topology, shape):
+  """Forward and backward; what does not fit in a core's memory is refused."""
+  mesh = Mesh(np.array(devices(topology)[:1]), ("x",))
+  text = retention_gradient(shape, mesh, P(), packed=False)
+  assert "retention_forward" in text and "retention_backward" in text
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_retention_on_a_mesh_gathers_nothing(v5e_4x4, packed):
+  """Rows along one axis, heads along the other, which cannot divide the rows."""
+  mesh = Mesh(np.array(v5e_4x4).reshape(2, 8), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+  shape = specs.Shape(2, 512, 16, 128, 128)
+  text = retention_gradient(shape, mesh, P("data", None, "model"), packed=packed)
+  assert "retention_backward" in text
+  assert "all-gather" not in text and "all-to-all" not in text
+
+
+def retention_gradient(shape, mesh, spec, *, packed):
+  """The compiled program of outputs and every gradient, as text."""
+  b, t, h, k, v = shape
+
+  def array(sizes, spec, dtype=jnp.bfloat16):
+    return jax.ShapeDtypeStruct(sizes, dtype, sharding=NamedSharding(mesh, spec))
+
+  heads = [array((b, t, h, size), spec) for size in (k, k, v)]
+  log_decay = array((h,), P(*spec[2:]), jnp.float32)
+  tokens = array((b, t), P(*spec[:1]), bool) if packed else None
+
+  def loss(q, k, v, log_decay, reset, mask):
+    out, state = kernels.retention(q, k, v, log_decay, reset=reset, mask=mask)
+    return jnp.sum(jnp.square(out.astype(jnp.float32))) + jnp.sum(jnp.square(state))
+
+  step = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2, 3)))
+  with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+    return step.lower(*heads, log_decay, tokens, tokens).compile().as_text()
 
 
 @pytest.mark.parametrize("variant", ["plain", "spiking_ms"])

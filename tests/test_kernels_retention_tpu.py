@@ -1,0 +1,226 @@
+"""The TPU kernels of retention, interpreted: against float64, and as programs for a TPU."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from jax.experimental.pallas import tpu as pltpu
+from laws_errors import error
+
+from triform import kernels
+from triform.kernels.retention import reference, tpu, xla
+
+B, CHUNK = 2, 128
+EPS = {dtype: float(jnp.finfo(dtype).eps) for dtype in ("bfloat16", "float32")}
+NAMES = ("q", "k", "v", "log_decay", "state")
+
+
+def numbers(seed, t, decay, h, g, k, v, dtype="float32"):
+  """q, k, v, log_decay and state, of which the first three are exact in `dtype`."""
+  rng = np.random.default_rng(seed)
+  shapes = [(B, t, h, k), (B, t, g, k), (B, t, g, v)]
+  arrays = [jnp.asarray(rng.normal(size=shape) / 4, dtype) for shape in shapes]
+  decays = -0.1 * np.abs(rng.normal(size=(h,) if decay == "[h]" else (B, t, h)))
+  return (*arrays, np.float32(decays), np.float32(rng.normal(size=(B, h, k, v))))
+
+
+def kernel(arrays, reset, mask, interpret=True):
+  """As the public function does it, but interpreted."""
+  *heads, log_decay, state = arrays
+  if mask is not None:
+    heads = [jnp.where(mask[..., None, None], a, 0) for a in heads]
+    log_decay = log_decay if log_decay.ndim == 1 else jnp.where(mask[..., None], log_decay, 0)
+  return tpu.chunkwise(*heads, log_decay, state, reset, mask, interpret=interpret)
+
+
+def plain(arrays, reset, mask):
+  """The simplest form of XLA."""
+  *arrays, state = arrays
+  return kernels.retention(*arrays, state=state, reset=reset, mask=mask, form="recurrent")
+
+
+@functools.partial(jax.jit, static_argnames=("f", "interpret"))
+def with_gradients(f, arrays, cotangents, reset, mask, **interpret):
+  results, backward = jax.vjp(lambda arrays: f(arrays, reset, mask, **interpret), arrays)
+  return results, backward(cotangents)[0]
+
+
+def wide(arrays):
+  return tuple(np.asarray(a, np.float64) for a in arrays)
+
+
+def compare(arrays, reset, mask, **interpret):
+  """Results and every gradient within twice the error of the simplest form, and four roundings."""
+  dtype = str(arrays[0].dtype)
+  rng = np.random.default_rng(1)
+  real = np.ones(arrays[0].shape[:2], bool) if mask is None else mask
+  o, state = (
+    jax.ShapeDtypeStruct(a.shape, a.dtype) for a in jax.eval_shape(plain, arrays, reset, mask)
+  )
+  cotangents = (
+    jnp.asarray(rng.normal(size=o.shape) * real[..., None, None], o.dtype),
+    jnp.asarray(rng.normal(size=state.shape), state.dtype),
+  )
+  got = with_gradients(kernel, arrays, cotangents, reset, mask, **interpret)
+  simplest = with_gradients(plain, arrays, cotangents, reset, mask)
+  with jax.enable_x64():
+    _, gradients = with_gradients(plain, wide(arrays), wide(cotangents), reset, mask)
+  *heads, before = arrays
+  truth = reference.retention(*wide(heads), state=before, reset=reset, mask=mask)
+
+  def close(name, one, other, expected, rounding=0.0):
+    one, other = np.float64(one), np.float64(other)
+    allowed = 2 * error(other, expected) + 4 * EPS[dtype] + rounding
+    assert error(one, expected) <= allowed, name
+
+  (out, after), d = got
+  (other_out, other_after), other_d = simplest
+  assert out.dtype == dtype and after.dtype == jnp.float32
+  close("out", out[real], other_out[real], truth[0][real])
+  close("final state", after, other_after, truth[1])
+  # That of a decay is a sum of terms of either sign, of which a chunk's are added one by one.
+  terms = [np.float64(a) * b for a, b in zip(cotangents, truth, strict=True)]
+  rounding = CHUNK**0.5 * EPS["float32"] * np.sqrt(sum((a**2).sum() for a in terms))
+  for name, one, other, expected in zip(NAMES, d, other_d, gradients, strict=True):
+    extra = rounding / np.linalg.norm(expected) if name == "log_decay" else 0.0
+    close(name, one, other, expected, extra)
+
+
+@pytest.mark.parametrize("dtype", EPS)
+@pytest.mark.parametrize("decay", ["[h]", "[b, t, h]"])
+@given(st.integers(0, 999), st.sampled_from([0.0, 0.01, 0.3]), st.sampled_from([0.0, 0.1, 0.9]))
+def test_packed_and_padded_rows_equal_the_oracle(dtype, decay, seed, starts, holes):
+  t = 200  # no multiple of a chunk
+  rng = np.random.default_rng(seed)
+  reset, mask = rng.random((B, t)) < starts, rng.random((B, t)) >= holes
+  compare(numbers(seed, t, decay, 2, 1, 128, 128, dtype), reset, mask)
+
+
+@pytest.mark.parametrize(
+  ("t", "h", "g", "k", "v", "decay"),
+  [
+    (128, 1, 1, 64, 96, "[b, t, h]"),  # less than the lanes of a register; one head
+    (1024, 2, 2, 128, 128, "[h]"),  # two blocks of four chunks
+    (384, 4, 2, 256, 128, "[h]"),  # three blocks of a chunk; shared keys
+    (130, 1, 1, 100, 428, "[h]"),
+  ],
+)
+def test_sizes_equal_the_oracle(t, h, g, k, v, decay):
+  compare(numbers(0, t, decay, h, g, k, v), None, None)
+
+
+def test_no_memory_is_read_before_it_is_written():
+  """Scratch is NaN at first, and a read or write outside of an array raises."""
+  params = pltpu.InterpretParams(uninitialized_memory="nan", out_of_bounds_reads="raise")
+  reset = np.zeros((B, 256), bool)
+  reset[0, 7] = reset[1, 130] = True
+  compare(numbers(0, 256, "[h]", 1, 1, 128, 128), reset, None, interpret=params)
+  compare(numbers(0, 256, "[h]", 1, 1, 128, 128), None, None, interpret=params)
+
+
+def test_a_reset_forgets_a_state_that_is_not_finite():
+  *arrays, state = numbers(0, 256, "[h]", 1, 1, 128, 128)
+  reset = np.zeros((B, 256), bool)
+  reset[:, 0] = reset[:, 200] = True
+  ones = (jnp.ones((B, 256, 1, 128)), jnp.ones_like(state))
+  finite = with_gradients(kernel, (*arrays, state), ones, reset, None)
+  got = with_gradients(kernel, (*arrays, np.full_like(state, np.nan)), ones, reset, None)
+  for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(finite), strict=True):
+    np.testing.assert_array_equal(one, other)
+
+
+def test_padding_leaves_the_state_as_it_was():
+  *arrays, state = numbers(0, 128, "[h]", 1, 1, 128, 128)
+  state[0, 0, 0, 0] = -0.0
+  mask = np.zeros((B, 128), bool)
+  mask[1, 100:] = True
+  _, after = jax.jit(kernel)((*arrays, state), None, mask)
+  np.testing.assert_array_equal(np.asarray(after[0]).view(np.int32), state[0].view(np.int32))
+  assert not np.array_equal(after[1], state[1])
+
+
+def test_strong_decays_stay_finite():
+  *arrays, log_decay, state = numbers(0, 128, "[b, t, h]", 1, 1, 128, 128)
+  arrays = (*arrays, 1000 * log_decay, state)
+  ones = (jnp.ones((B, 128, 1, 128)), jnp.ones_like(state))
+  got = jax.tree.leaves(with_gradients(kernel, arrays, ones, None, None))
+  expected = jax.tree.leaves(with_gradients(plain, arrays, ones, None, None))
+  # Of decays summed up to A every sum, and so every exponent, is that of float32.
+  largest = np.abs(np.cumsum(arrays[3], axis=1)).max()
+  for one, other in zip(got, expected, strict=True):
+    assert np.all(np.isfinite(one)) and error(one, other) <= largest * EPS["float32"]
+
+
+def test_rows_under_vmap_and_rematerialisation_equal_a_batch():
+  *arrays, state = numbers(0, 128, "[h]", 1, 1, 128, 128)
+
+  @jax.checkpoint
+  def one(q, k, v, log_decay, state):
+    out, after = kernel((q[None], k[None], v[None], log_decay, state[None]), None, None)
+    return out[0], after[0]
+
+  def loss(f, arrays):
+    return sum(jnp.sum(jnp.square(a)) for a in f(*arrays))
+
+  every = jax.vmap(one, in_axes=(0, 0, 0, None, 0))
+  got = jax.jit(jax.grad(functools.partial(loss, every)))((*arrays, state))
+  batch = functools.partial(loss, lambda *arrays: kernel(arrays, None, None))
+  for one_gradient, other in zip(got, jax.jit(jax.grad(batch))((*arrays, state)), strict=True):
+    np.testing.assert_allclose(one_gradient, other, rtol=1e-5, atol=1e-5)
+
+
+def exported(platform, t=128, dtype=jnp.bfloat16, **options):
+  """The program of a gradient, as text."""
+  heads = [jax.ShapeDtypeStruct((1, t, 2, 128), dtype)] * 3
+
+  def loss(q, k, v):
+    return jnp.sum(kernels.retention(q, k, v, jnp.zeros(2), **options)[0].astype(jnp.float32))
+
+  return jax.export.export(jax.jit(jax.grad(loss)), platforms=[platform])(*heads).mlir_module()
+
+
+@pytest.mark.parametrize(
+  ("platform", "options", "kernel_runs"),
+  [
+    ("tpu", {}, True),
+    ("tpu", {"implementation": "tpu"}, True),
+    ("tpu", {"implementation": ("tpu", "xla"), "t": 127}, False),
+    ("tpu", {"implementation": "xla"}, False),
+    ("tpu", {"form": "parallel"}, False),
+    ("tpu", {"t": 127}, False),
+    ("tpu", {"dtype": jnp.float16}, False),
+    ("cpu", {}, False),
+  ],
+)
+def test_which_implementation_is_in_the_program(platform, options, kernel_runs):
+  assert ("tpu_custom_call" in exported(platform, **options)) == kernel_runs
+
+
+@pytest.mark.parametrize(
+  ("options", "told"),
+  [
+    ({"form": "recurrent"}, "tpu: the form is 'recurrent', expected 'chunkwise'"),
+    ({"t": 100}, "tpu: there are 100 tokens, expected at least 128"),
+    ({"dtype": jnp.float16}, "tpu: q, k and v are float16, expected"),
+  ],
+)
+def test_an_implementation_that_does_not_fit_says_why(options, told):
+  with pytest.raises(NotImplementedError, match=told):
+    exported("tpu", implementation="tpu", **options)
+
+
+def test_an_unknown_implementation_is_named():
+  with pytest.raises(ValueError, match="implementation is 'cuda', expected one of xla, tpu"):
+    exported("cpu", implementation="cuda")
+
+
+def test_xla_is_an_implementation_like_any_other():
+  *arrays, state = numbers(0, 128, "[h]", 1, 1, 4, 4)
+  got = kernels.retention(*arrays, state=state, implementation="xla")
+  expected = xla.chunkwise(*arrays, state, None, None, chunk_size=CHUNK)
+  for one, other in zip(got, expected, strict=True):
+    np.testing.assert_allclose(one, other, rtol=1e-6, atol=1e-6)
