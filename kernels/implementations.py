@@ -5,7 +5,7 @@ from typing import Literal, get_args
 
 import jax
 
-Implementation = Literal["xla", "tpu"]
+Implementation = Literal["xla", "tpu", "gpu"]
 IMPLEMENTATIONS: tuple[Implementation, ...] = get_args(Implementation)
 
 
@@ -13,8 +13,9 @@ def run(
   operator: str,
   implementation: Implementation | Sequence[Implementation] | None,
   functions: Mapping[Implementation, Callable],
-  reasons: Mapping[Implementation, str | None],
+  reasons: Mapping[Implementation, Callable[[], str | None]],
   *arguments,
+  automatic: Sequence[Implementation] = ("tpu",),
 ):
   """Calls one of an operator's implementations.
 
@@ -23,15 +24,16 @@ def run(
     implementation: one, or several of which the first is taken that fits. `None`: when the program
       is compiled for a platform, that platform's kernel if it fits, else `"xla"`.
     functions: the implementations, `"xla"` among them.
-    reasons: why each of them cannot take these arguments; `None` if it can.
+    reasons: why each of the others cannot take these arguments; `None` if it can.
     *arguments: what it is called with.
+    automatic: the kernels that `None` chooses from; a new one has to be asked for by name.
 
   Raises:
     ValueError: for an unknown implementation.
     NotImplementedError: if none of those asked for fits, with the reasons.
   """
   if implementation is None:
-    kernels = {name: f for name, f in functions.items() if name != "xla" and reasons[name] is None}
+    kernels = {name: functions[name] for name in automatic if reasons[name]() is None}
     if not kernels:
       return functions["xla"](*arguments)
     return jax.lax.platform_dependent(*arguments, **kernels, default=functions["xla"])
@@ -41,8 +43,10 @@ def run(
       raise ValueError(
         f"implementation is {name!r}, expected one of {', '.join(IMPLEMENTATIONS)}, several or None"
       )
+  told = []
   for name in wanted:
-    if reasons[name] is None:
+    reason = None if name == "xla" else reasons[name]()
+    if reason is None:
       return functions[name](*arguments)
-  told = "; ".join(f"{name}: {reasons[name]}" for name in wanted) or "none was asked for"
-  raise NotImplementedError(f"no implementation of {operator} fits: {told}")
+    told.append(f"{name}: {reason}")
+  raise NotImplementedError(f"no implementation of {operator} fits: {'; '.join(told)}")

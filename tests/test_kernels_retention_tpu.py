@@ -214,7 +214,7 @@ def test_an_implementation_that_does_not_fit_says_why(options, told):
 
 
 def test_an_unknown_implementation_is_named():
-  with pytest.raises(ValueError, match="implementation is 'cuda', expected one of xla, tpu"):
+  with pytest.raises(ValueError, match="implementation is 'cuda', expected one of xla, tpu, gpu"):
     exported("cpu", implementation="cuda")
 
 

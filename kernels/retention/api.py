@@ -1,6 +1,7 @@
 """The public functions: validation, then the form asked for."""
 
 import functools
+import importlib
 from collections.abc import Sequence
 
 import jax
@@ -51,8 +52,9 @@ def retention(
     form: which algorithm.
     chunk_size: tokens in a chunk of the chunkwise form of `"xla"`; the rest ignore it.
     implementation: `"xla"`, every form of any arrays; `"tpu"`, a kernel for the chunkwise form of
-      bfloat16 or float32 arrays of 128 or more tokens; or several, of which the first is taken
-      that fits. `None`: the kernel of the platform the program is compiled for, where it fits.
+      bfloat16 or float32 arrays of 128 or more tokens; `"gpu"`, one for bfloat16 on Hopper GPUs,
+      not yet run on one and so only by name; or several, of which the first is taken that fits.
+      `None`: on a TPU its kernel, where it fits.
 
   Returns:
     Outputs in the dtype of `v`, and the final state. State, decays and sums are held in the
@@ -92,26 +94,34 @@ def retention(
   return implementations.run(
     "retention",
     implementation,
-    {"xla": forms[form], "tpu": _on_tpu},
-    {"xla": None, "tpu": _unsupported_reason(form, q, k, v, state)},
+    {
+      "xla": forms[form],
+      "tpu": functools.partial(_with_kernel, "tpu"),
+      "gpu": functools.partial(_with_kernel, "gpu"),
+    },
+    {
+      name: functools.partial(_unsupported_reason, name, form, q, k, v, state)
+      for name in ("tpu", "gpu")
+    },
     *(q, k, v, log_decay, state, reset, mask),
   )
 
 
-def _unsupported_reason(form, q, k, v, state) -> str | None:
+def _module(name: str):
+  # Not at the top: Pallas takes long to import, and few need it.
+  return importlib.import_module(f".{name}", __package__)
+
+
+def _unsupported_reason(name, form, q, k, v, state) -> str | None:
   if form != "chunkwise":
     return f"the form is {form!r}, expected 'chunkwise'"
-  from . import tpu  # Pallas takes long to import, and few need it
-
-  return tpu.unsupported_reason(q, k, v, state)
+  return _module(name).unsupported_reason(q, k, v, state)
 
 
-def _on_tpu(q, k, v, log_decay, state, reset, mask):
-  from . import tpu
-
+def _with_kernel(name, q, k, v, log_decay, state, reset, mask):
   decays = "h" if log_decay.ndim == 1 else "bth"
   one = divided(
-    tpu.chunkwise,
+    _module(name).chunkwise,
     ("bth", "bth", "bth", decays, "bh", "bt", "bt"),
     ("bth", "bh"),
     rows=q.shape[0],
