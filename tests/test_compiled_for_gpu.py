@@ -1,6 +1,7 @@
-"""Programs compiled for an H100 that is not here, by JAX's CUDA plugin and ptxas without a driver."""
+"""Programs compiled for an H100 that is not here: JAX's CUDA plugin and ptxas need no driver."""
 
 import importlib.util
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -20,21 +21,7 @@ pytestmark = [
     reason="needs jax_cuda13_plugin, see BUILD.md",
   ),
 ]
-H100 = """
-gpu_device_info {
-  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
-  shared_memory_per_core: 233472 threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
-  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
-  memory_bandwidth: 3352320000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98
-  device_memory_size: 84942979072 shared_memory_per_block_optin: 232448
-  cuda_compute_capability { major: 9 minor: 0 }
-  registers_per_core_limit: 65536 registers_per_block_limit: 65536
-}
-platform_name: "CUDA"
-dnn_version_info { major: 9 minor: 8 }
-runtime_version { major: 13 }
-device_description_str: "NVIDIA H100 80GB HBM3"
-"""
+H100 = (Path(__file__).parents[1] / "benchmarks/h100.txtpb").read_text()
 
 
 @pytest.mark.parametrize("shape", specs.ALL)
