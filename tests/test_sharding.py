@@ -20,7 +20,7 @@ HERE = Path(__file__).parent
 
 @pytest.fixture(scope="module")
 def results():
-  """Of `meshes.py`, by mesh and model."""
+  """Of `meshes.py`, by mesh and model; and of a kernel."""
   flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
   done = subprocess.run(
     [sys.executable, str(HERE / "meshes.py")],
@@ -42,9 +42,15 @@ def test_eight_devices_give_the_losses_of_one(results, mesh, model):
     np.testing.assert_allclose(eight[name], one[name], rtol=1e-5, atol=1e-5)
 
 
+def test_a_kernel_runs_on_each_device_with_what_is_there(results):
+  kernel = results["kernel"]
+  assert kernel["error"] <= 1e-6 and kernel["placed"] and not kernel["gathers"]
+
+
 def test_every_device_holds_its_part_of_every_matrix(results):
   for model in ("retnet", "toy"):
-    parts = [results[mesh][model]["largest_part"] for mesh in results]
+    meshes = ("data=1", "fsdp=-1", "data=2,fsdp=4")
+    parts = [results[mesh][model]["largest_part"] for mesh in meshes]
     assert parts == [1, 1 / 8, 1 / 4]
 
 
