@@ -16,7 +16,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from ..runs import pad_to_runs, untouched_if_masked
+from ..runs import untouched_if_masked
+from .chunks import in_chunks
 from .gpu_plan import CHUNK
 from .gpu_sweep import sweep
 
@@ -40,20 +41,15 @@ def unsupported_reason(q, k, v, state) -> str | None:
 
 def chunkwise(q, k, v, log_decay, state, reset, mask, *, interpret=None):
   """As in `.xla`, in chunks of 64."""
-  b, t, h, key_size = q.shape
-  value_size = v.shape[-1]
-  state = jnp.zeros((b, h, key_size, value_size)) if state is None else state
-  state = state.astype(jnp.float32)
-  rate = log_decay.astype(jnp.float32)
-  per_token = () if rate.ndim == 1 else (rate,)
-  reset, mask, q, k, v, *per_token = pad_to_runs(CHUNK, reset, mask, q, k, v, *per_token)
-  exponent = segment = None
-  if per_token:
-    rate, exponent = jnp.ones(h), _running_sums(per_token[0]).transpose(0, 2, 1)
-  elif mask is not None:
-    exponent = _running_sums(mask[..., None])[..., 0]
-  if reset is not None:
-    segment = _running_sums((reset if mask is None else reset & mask)[..., None])[..., 0]
+  t, key_size, value_size = q.shape[1], q.shape[-1], v.shape[-1]
+  q, k, v, rate, exponent, segment, state, mask = in_chunks(
+    CHUNK, q, k, v, log_decay, state, reset, mask
+  )
+  if rate is None:
+    rate, exponent = jnp.ones(q.shape[2]), exponent.swapaxes(1, 2)
+  elif exponent is not None:
+    exponent = exponent[..., 0]
+  segment = None if segment is None else segment[..., 0]
   q, k, v = (_filled(a, 3) for a in (q, k, v))
   before = _filled(_filled(state, 2), 3)
   o, after = _chunkwise(q, k, v, rate, exponent, segment, before, interpret)
@@ -69,13 +65,6 @@ def _filled(a, axis):
   """Zeros behind the numbers of a head: they change nothing."""
   missing = _size(a.shape[axis]) - a.shape[axis]
   return jnp.pad(a, [(0, missing if i == axis else 0) for i in range(a.ndim)])
-
-
-def _running_sums(a):
-  """Sums within chunks, float32 [b, n c, h]."""
-  b, t, h = a.shape
-  a = a.reshape(b, t // CHUNK, CHUNK, h).astype(jnp.float32)
-  return jnp.cumsum(a, axis=2).reshape(b, t, h)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(7,))

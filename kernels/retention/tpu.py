@@ -12,8 +12,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from ..runs import pad_to_runs, untouched_if_masked
+from ..runs import untouched_if_masked
 from . import tpu_kernels
+from .chunks import in_chunks
 from .tpu_kernels import CHUNK, Block, Weights
 
 BLOCK = 4  # chunks at most: enough for their latencies to hide behind each other
@@ -36,20 +37,11 @@ def unsupported_reason(q, k, v, state) -> str | None:
 
 def chunkwise(q, k, v, log_decay, state, reset, mask, *, interpret=False):
   """As in `.xla`, in chunks of 128."""
-  b, t, h, key_size = q.shape
-  value_size = v.shape[-1]
-  state = jnp.zeros((b, h, key_size, value_size)) if state is None else state
-  state = state.astype(jnp.float32)
-  rate = log_decay.astype(jnp.float32)
-  per_token = () if rate.ndim == 1 else (rate,)
-  reset, mask, q, k, v, *per_token = pad_to_runs(CHUNK, reset, mask, q, k, v, *per_token)
-  exponent = segment = None
-  if per_token:
-    rate, exponent = None, _running_sums(per_token[0])
-  elif mask is not None:
-    exponent = _running_sums(mask[..., None])
-  if reset is not None:
-    segment = _running_sums((reset if mask is None else reset & mask)[..., None])
+  t, key_size, value_size = q.shape[1], q.shape[-1], v.shape[-1]
+  q, k, v, rate, exponent, segment, state, mask = in_chunks(
+    CHUNK, q, k, v, log_decay, state, reset, mask
+  )
+  exponent, segment = _row(exponent), _row(segment)
   before = jnp.pad(state, [(0, 0), (0, 0), (0, -key_size % CHUNK), (0, -value_size % CHUNK)])
   heads = _beside(q), _beside(k), _beside(v)
   o, after = _chunkwise(*heads, rate, exponent, segment, before, interpret)
@@ -58,11 +50,9 @@ def chunkwise(q, k, v, log_decay, state, reset, mask, *, interpret=False):
   return o, untouched_if_masked(after, state, mask)
 
 
-def _running_sums(a):
-  """Sums within chunks: [b, n c, h] to float32 [b, h, 1, n c]."""
-  b, t, h = a.shape
-  a = a.reshape(b, t // CHUNK, CHUNK, h).astype(jnp.float32)
-  return jnp.cumsum(a, axis=2).reshape(b, t, h).swapaxes(1, 2)[:, :, None]
+def _row(a):
+  """[b, n c, h] to [b, h, 1, n c]."""
+  return None if a is None else a.swapaxes(1, 2)[:, :, None]
 
 
 def _beside(a):
