@@ -173,9 +173,9 @@ def test_rows_under_vmap_and_rematerialisation_equal_a_batch():
     np.testing.assert_allclose(one_gradient, other, rtol=1e-5, atol=1e-5)
 
 
-def exported(platform, t=128, dtype=jnp.bfloat16, **options):
+def exported(platform, t=128, size=128, dtype=jnp.bfloat16, **options):
   """The program of a gradient, as text."""
-  heads = [jax.ShapeDtypeStruct((1, t, 2, 128), dtype)] * 3
+  heads = [jax.ShapeDtypeStruct((1, t, 2, size), dtype)] * 3
 
   def loss(q, k, v):
     return jnp.sum(kernels.retention(q, k, v, jnp.zeros(2), **options)[0].astype(jnp.float32))
@@ -192,6 +192,7 @@ def exported(platform, t=128, dtype=jnp.bfloat16, **options):
     ("tpu", {"implementation": "xla"}, False),
     ("tpu", {"form": "parallel"}, False),
     ("tpu", {"t": 127}, False),
+    ("tpu", {"size": 63}, False),
     ("tpu", {"dtype": jnp.float16}, False),
     ("cpu", {}, False),
   ],
@@ -205,6 +206,8 @@ def test_which_implementation_is_in_the_program(platform, options, kernel_runs):
   [
     ({"form": "recurrent"}, "tpu: the form is 'recurrent', expected 'chunkwise'"),
     ({"t": 100}, "tpu: there are 100 tokens, expected at least 128"),
+    ({"size": 63}, "tpu: keys and values have size 63 and 63, expected 64 to 512"),
+    ({"size": 513}, "tpu: keys and values have size 513 and 513, expected 64 to 512"),
     ({"dtype": jnp.float16}, "tpu: q, k and v are float16, expected"),
   ],
 )

@@ -18,6 +18,7 @@ from .chunks import in_chunks
 from .tpu_kernels import CHUNK, Block, Weights
 
 BLOCK = 4  # chunks at most: enough for their latencies to hide behind each other
+SIZES = 64, 512  # of keys and values: smaller ones are mostly filled up, larger states do not fit
 VMEM = 64 * 2**20  # bytes of a core's memory, at most
 
 
@@ -30,8 +31,10 @@ def unsupported_reason(q, k, v, state) -> str | None:
     return "the state is float64, expected float32"
   if q.shape[1] < CHUNK:
     return f"there are {q.shape[1]} tokens, expected at least {CHUNK}, a chunk"
-  if max(q.shape[-1], v.shape[-1]) > 512:
-    return f"keys and values have size {q.shape[-1]} and {v.shape[-1]}, expected at most 512"
+  smallest, largest = SIZES
+  if not all(smallest <= a.shape[-1] <= largest for a in (q, v)):
+    sizes = f"{q.shape[-1]} and {v.shape[-1]}"
+    return f"keys and values have size {sizes}, expected {smallest} to {largest}"
   return None
 
 
