@@ -4,8 +4,6 @@ Arrays have its axes, [n, b, g, r, c, ...]. The caller has zeroed q, k, v and a 
 at masked tokens.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 
@@ -42,21 +40,21 @@ def _attend(q, k, v, weights):
 
 def _attend_forward(q, k, v, weights):
   dtype = weights.dtype
-  scores = jnp.einsum("nbgrik,nbgjk->nbgrij", q, _shared(k), preferred_element_type=dtype)
+  scores = _product("nbgrik,nbgjk->nbgrij", q, _shared(k), dtype)
   weighted = (scores * weights).astype(v.dtype)
-  out = jnp.einsum("nbgrij,nbgjv->nbgriv", weighted, _shared(v), preferred_element_type=dtype)
+  out = _product("nbgrij,nbgjv->nbgriv", weighted, _shared(v), dtype)
   return out, (q, k, v, weights, scores)
 
 
 def _attend_backward(residuals, d_out):
   q, k, v, weights, scores = residuals
   weighted = (scores * weights).astype(v.dtype)
-  product = functools.partial(jnp.einsum, preferred_element_type=weights.dtype)
-  d_weighted = product("nbgriv,nbgjv->nbgrij", d_out, _shared(v))
+  dtype = weights.dtype
+  d_weighted = _product("nbgriv,nbgjv->nbgrij", d_out, _shared(v), dtype)
   d_scores = d_weighted * weights
-  d_q = product("nbgrij,nbgjk->nbgrik", d_scores, _shared(k))
-  d_k = product("nbgrij,nbgrik->nbgjk", d_scores, q)
-  d_v = product("nbgrij,nbgriv->nbgjv", weighted, d_out)
+  d_q = _product("nbgrij,nbgjk->nbgrik", d_scores, _shared(k), dtype)
+  d_k = _product("nbgrij,nbgrik->nbgjk", d_scores, q, dtype)
+  d_v = _product("nbgrij,nbgriv->nbgjv", weighted, d_out, dtype)
   alone = [axis for axis, size in enumerate(weights.shape) if size == 1]
   return (
     d_q.astype(q.dtype),
@@ -69,6 +67,20 @@ def _attend_backward(residuals, d_out):
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
+def _product(equation, a, b, dtype=None):
+  """`einsum` without the axis of heads that share a key where each has its own.
+
+  With it XLA for CPU gives products another layout, and copies all of a state back.
+  """
+  terms = equation.replace("->", ",").split(",")
+  sizes = dict(zip("".join(terms[:2]), a.shape + b.shape, strict=True))
+  if sizes["r"] > 1:
+    return jnp.einsum(equation, a, b, preferred_element_type=dtype)
+  a, b = (x.squeeze(3) if "r" in term else x for x, term in zip((a, b), terms, strict=False))
+  out = jnp.einsum(equation.replace("r", ""), a, b, preferred_element_type=dtype)
+  return out[:, :, :, None] if "r" in terms[2] else out
+
+
 def _shared(a):
   """Keys or values [n, b, g, 1, j, ...], which the r query heads of a group share."""
   return a[:, :, :, 0]
@@ -76,14 +88,14 @@ def _shared(a):
 
 def _read(q, state, weights):
   """What outputs take of the states [n, b, g, r, k, v] that precede their runs."""
-  read = jnp.einsum("nbgrck,nbgrkv->nbgrcv", q.astype(state.dtype), state)
+  read = _product("nbgrck,nbgrkv->nbgrcv", q.astype(state.dtype), state)
   return weigh(weights[..., None], read)
 
 
 def _leave(k, v, weights):
   """`sum_j weights_j k_j v_j^T`: what every run adds to the state, [n, b, g, r, k, v]."""
   weighted = k.astype(weights.dtype) * weights[..., None]
-  return jnp.einsum("nbgrck,nbgcv->nbgrkv", weighted, _shared(v).astype(weights.dtype))
+  return _product("nbgrck,nbgcv->nbgrkv", weighted, _shared(v).astype(weights.dtype))
 
 
 def _zeros_state(q, v, dtype):
@@ -120,7 +132,10 @@ def parallel(q, k, v, log_decay, state, reset, mask):
 
 
 def chunkwise(q, k, v, log_decay, state, reset, mask, *, chunk_size):
-  """All chunks at once, as above, but for a scan that carries the state from one to the next."""
+  """All chunks at once, as above, but for a scan that carries the state from one to the next.
+
+  On a CPU the scan does all there is to do for a chunk, whose arrays so stay in the cache.
+  """
   t, g, dtype = q.shape[1], k.shape[2], _accumulator(q, k, v, state)
   state = _zeros_state(q, v, dtype) if state is None else state.astype(dtype)
   log_decay = log_decay.astype(dtype)
@@ -130,13 +145,28 @@ def chunkwise(q, k, v, log_decay, state, reset, mask, *, chunk_size):
   log_decay = per_token[0] if per_token else log_decay
   runs = make_runs(log_decay, reset, mask, g, c, dtype)
   q, k, v, out_dtype = by_head(q, g, c), by_head(k, g, c), by_head(v, g, c), v.dtype
-  within, incoming = runs.pairs(0, c), runs.incoming()
+  arrays = (q, k, v, runs.pairs(0, c), runs.incoming())
+  before = state.reshape(k.shape[1], g, -1, *state.shape[2:])
+  final, out = jax.lax.platform_dependent(before, *arrays, cpu=_one_by_one, default=_at_once)
+  return by_time(out, t, out_dtype), untouched_if_masked(final.reshape(state.shape), state, mask)
+
+
+def _at_once(state, q, k, v, within, incoming):
   added = _leave(k, v, within[..., -1, :])
   kept = jnp.broadcast_to(incoming[..., -1], added.shape[:-2])[..., None, None]
+  final, before = states_before(state, kept, added)
+  return final, _attend(q, k, v, within) + _read(q, before, incoming)
 
-  final, before = states_before(state.reshape(added.shape[1:]), kept, added)
-  out = _attend(q, k, v, within) + _read(q, before, incoming)
-  return by_time(out, t, out_dtype), untouched_if_masked(final.reshape(state.shape), state, mask)
+
+def _one_by_one(state, *arrays):
+  n = max(map(len, arrays))
+
+  def step(state, chunk):
+    chunk = iter(chunk)  # of the arrays that differ from chunk to chunk
+    state, out = _at_once(state, *(next(chunk)[None] if len(a) == n else a for a in arrays))
+    return state, out[0]
+
+  return jax.lax.scan(step, state, [a for a in arrays if len(a) == n])
 
 
 def recurrent(q, k, v, log_decay, state, reset, mask):
