@@ -240,6 +240,7 @@ def main():
     add(time_rows(shape, tokens, options.rounds))
   replayed = [row["bytes_of_bound"] for row in rows if row.get("window") == WINDOW]
   add(model_rows(replayed[1]))  # 32 rows on the TPU
+  shutil.rmtree(DUMP, ignore_errors=True)
   measure.save(options.json, rows, measure.environment("jax", "flax"))
 
 
