@@ -24,17 +24,24 @@ pytestmark = [
 H100 = (Path(__file__).parents[1] / "benchmarks/h100.txtpb").read_text()
 
 
-@pytest.mark.parametrize("shape", specs.ALL)
-def test_retention_compiles_at_named_shapes(shape):
-  """Forward and backward; what does not fit a multiprocessor is refused."""
+def arrays():
+  """Makes arguments that lie on the H100."""
   devices = topologies.get_topology_desc(
     platform="cuda", topology_name="h100", topology="1x1x1", target_config=H100
   ).devices
   sharding = NamedSharding(Mesh(np.array(devices[:1]), ("x",)), P())
-  b, t, h, k, v = shape
 
   def array(sizes, dtype=jnp.bfloat16):
     return jax.ShapeDtypeStruct(sizes, dtype, sharding=sharding)
+
+  return array
+
+
+@pytest.mark.parametrize("shape", specs.ALL)
+def test_retention_compiles_at_named_shapes(shape):
+  """Forward and backward; what does not fit a multiprocessor is refused."""
+  array = arrays()
+  b, t, h, k, v = shape
 
   def loss(q, k, v, log_decay):
     out, state = kernels.retention(q, k, v, log_decay, implementation="gpu")
@@ -44,3 +51,23 @@ def test_retention_compiles_at_named_shapes(shape):
   heads = [array((b, t, h, size)) for size in (k, k, v)]
   text = step.lower(*heads, array((h,), jnp.float32)).compile().as_text()
   assert text.count("mosaic_gpu") >= 4  # the forward pass and three gradients
+
+
+@pytest.mark.parametrize("shape", [shape for shape in specs.DECODING if shape.b > 1])
+def test_a_decoding_step_reads_and_writes_the_state_once(monkeypatch, shape):
+  """A small state, of one row, is read again, out of the cache."""
+  monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+  from hlo_bytes import moved
+
+  array = arrays()
+  b, t, h, k, v = shape
+  heads = [array((b, t, h, size)) for size in (k, k, v)]
+  state = array((b, h, k, v), jnp.float32)
+
+  def step(q, k, v, log_decay, state):
+    return kernels.retention(q, k, v, log_decay, state=state, form="recurrent")
+
+  step = jax.jit(step, donate_argnums=4)
+  program = step.lower(*heads, array((h,), jnp.float32), state).compile()
+  assert moved(program.as_text()) < 2.1 * 4 * state.size
+  assert program.memory_analysis().alias_size_in_bytes >= 4 * state.size

@@ -100,6 +100,36 @@ def test_retention_compiles_at_named_shapes(topology, shape):
   assert "retention_forward" in text and "retention_backward" in text
 
 
+@pytest.mark.parametrize("variant", ["plain", "packed", "per token"])
+@pytest.mark.parametrize("shape", specs.DECODING)
+def test_a_decoding_step_reads_and_writes_the_state_once(monkeypatch, shape, variant):
+  monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+  from hlo_bytes import moved
+
+  mesh = Mesh(np.array(devices("v5e:2x2")[:1]), ("x",))
+  b, t, h, k, v = shape
+
+  def array(sizes, dtype=jnp.bfloat16):
+    return jax.ShapeDtypeStruct(sizes, dtype, sharding=NamedSharding(mesh, P()))
+
+  heads = [array((b, t, h, size)) for size in (k, k, v)]
+  log_decay = array((b, t, h) if variant == "per token" else (h,), jnp.float32)
+  state, flag = array((b, h, k, v), jnp.float32), array((b, t), bool)
+  flags = (flag, flag) if variant == "packed" else (None, None)
+
+  def step(q, k, v, log_decay, state, reset, mask):
+    return kernels.retention(
+      q, k, v, log_decay, state=state, reset=reset, mask=mask, form="recurrent"
+    )
+
+  with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+    program = jax.jit(step, donate_argnums=4).lower(*heads, log_decay, state, *flags).compile()
+  state_bytes = 4 * state.size
+  assert moved(program.as_text()) < 2.1 * state_bytes  # q, k, v and o are below a fiftieth of it
+  memory = program.memory_analysis()
+  assert memory.alias_size_in_bytes >= state_bytes > 20 * memory.temp_size_in_bytes
+
+
 @pytest.mark.parametrize("packed", [False, True])
 def test_retention_on_a_mesh_gathers_nothing(v5e_4x4, packed):
   """Rows along one axis, heads along the other, which cannot divide the rows."""

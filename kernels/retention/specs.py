@@ -26,3 +26,7 @@ PUBLISHED = (
   Shape(4, 4096, 8, 128, 256),
 )
 ALL = (RETNET, EQUAL_HEADS, LONG, *PUBLISHED)
+# A token of decoding: the paper's heads at 1.3 billion parameters, and heads half as wide.
+DECODING = tuple(
+  Shape(b, 1, *heads) for heads in ((8, 256, 512), (16, 128, 256)) for b in (1, 32, 128)
+)
