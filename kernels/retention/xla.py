@@ -25,7 +25,7 @@ ROW_BLOCK = 128
 MAX_ROW_BLOCKS = 8
 
 
-def _accumulator(q, k, v, state) -> jnp.dtype:
+def accumulator(q, k, v, state) -> jnp.dtype:
   dtypes = [a.dtype for a in (q, k, v, state) if a is not None]
   return jnp.result_type(jnp.float32, *dtypes)
 
@@ -98,7 +98,7 @@ def row_blocks(t: int) -> list[tuple[int, int]]:
 
 def parallel(q, k, v, log_decay, state, reset, mask):
   """One run of length t, in blocks of rows so that what causality hides is not computed."""
-  t, g, dtype = q.shape[1], k.shape[2], _accumulator(q, k, v, state)
+  t, g, dtype = q.shape[1], k.shape[2], accumulator(q, k, v, state)
   runs = make_runs(log_decay.astype(dtype), reset, mask, g, t, dtype)
   heads = (by_head(q, g, t), by_head(k, g, t), by_head(v, g, t))
   outputs = []
@@ -121,7 +121,7 @@ def parallel(q, k, v, log_decay, state, reset, mask):
 
 def chunkwise(q, k, v, log_decay, state, reset, mask, *, chunk_size):
   """All chunks at once, as above, but for a scan that carries the state from one to the next."""
-  t, g, dtype = q.shape[1], k.shape[2], _accumulator(q, k, v, state)
+  t, g, dtype = q.shape[1], k.shape[2], accumulator(q, k, v, state)
   state = _zeros_state(q, v, dtype) if state is None else state.astype(dtype)
   log_decay = log_decay.astype(dtype)
   c = min(chunk_size, t)
@@ -141,7 +141,7 @@ def chunkwise(q, k, v, log_decay, state, reset, mask, *, chunk_size):
 
 def recurrent(q, k, v, log_decay, state, reset, mask):
   """One token after another, the state being all that is kept."""
-  h, g, dtype = q.shape[2], k.shape[2], _accumulator(q, k, v, state)
+  h, g, dtype = q.shape[2], k.shape[2], accumulator(q, k, v, state)
   state = _zeros_state(q, v, dtype) if state is None else state.astype(dtype)
   log_decay = log_decay.astype(dtype)
 
