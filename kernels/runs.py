@@ -111,17 +111,17 @@ def in_runs(c: int, a: jax.Array) -> jax.Array:
   return a.reshape(a.shape[0], -1, c, *a.shape[2:]).swapaxes(0, 1)
 
 
-def states_before(state: jax.Array, kept: jax.Array, added: jax.Array, *, reverse: bool = False):
+def states_before(state: jax.Array, kept: jax.Array, added: jax.Array, **scan):
   """The state after all runs, and those before each: `S' = kept S + added`, [n, ...].
 
-  If `reverse`, time goes backward: the state comes before the last run.
+  Backward in time, from the last run to the first, with the option `reverse` of `jax.lax.scan`.
   """
 
   def step(before, run):
     kept, added = run
     return weigh(kept, before) + added, before
 
-  return jax.lax.scan(step, state, (kept, added), reverse=reverse)
+  return jax.lax.scan(step, state, (kept, added), **scan)
 
 
 def weigh(weights: jax.Array, x: jax.Array) -> jax.Array:

@@ -27,6 +27,7 @@ from . import gpu_kernel
 from .gpu_plan import CHUNK, MULTIPROCESSORS, make_plan
 
 LOG2E = math.log2(math.e)
+UNROLL = 8  # pieces that are joined in one launch: a loop has three for each
 
 
 def sweep(
@@ -76,7 +77,7 @@ def sweep(
 
   kept = jnp.broadcast_to(_kept(rate, exponent, segment, t // pieces), (b * pieces, h))
   kept = by_piece(kept)[..., None, None]
-  final, entering = states_before(state, kept, by_piece(added), reverse=reverse)
+  final, entering = states_before(state, kept, by_piece(added), reverse=reverse, unroll=UNROLL)
   entering = entering.swapaxes(0, 1).reshape(zeros.shape)
   plan = make_plan(b * pieces * h, k_size, v_size, out_dtype.itemsize)
   out, _ = _sweep(plan, *arrays, entering, out_dtype, **options)

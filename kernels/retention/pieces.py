@@ -40,15 +40,17 @@ def kept_and_added(k, v, log_decay, reset, mask) -> tuple[jax.Array, jax.Array]:
   (b, t, g, _), dtype = k.shape, log_decay.dtype
   real = jnp.ones((b, t), bool) if mask is None else mask
   if log_decay.ndim == 1:
-    exponent = log_decay * _from_each(real)[..., None].astype(dtype)
+    exponent = log_decay[None, None] * _from_each(real)[..., None].astype(dtype)
   else:
     exponent = _from_each(log_decay)
   if reset is not None:
     exponent = jnp.where(_from_each(reset & real)[..., None] == 0, exponent, -jnp.inf)
   weights = jnp.exp(exponent)
   kept, weights = weights[:, 0], weights[:, 1:].reshape(b, t, g, -1, 1)
+  # The matrix unit takes bfloat16; of float32 it must be asked for all of it, as the kernels do.
+  precision = jax.lax.Precision.HIGHEST if v.dtype == jnp.float32 else None
   weighted = weights * k[:, :, :, None].astype(dtype)
-  added = jnp.einsum("btgrk,btgv->bgrkv", weighted, v.astype(dtype))
+  added = jnp.einsum("btgrk,btgv->bgrkv", weighted, v.astype(dtype), precision=precision)
   return kept, added.reshape(b, -1, *added.shape[3:])
 
 

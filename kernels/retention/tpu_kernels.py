@@ -164,8 +164,8 @@ def backward(
       d_S = kept d_S + (read q)^T d_o
 
   Refs as in `forward`; of d_rate `[1, 1, 1, c]`, which is yet to be summed, and d_exponent
-  `[1, 1, 1, tokens]` one is `None`, or both are. Scratch: the states before the chunks of the block, found anew
-  from the first; S; d_S.
+  `[1, 1, 1, tokens]` at most one is not `None`. Scratch: the states before the chunks of the block,
+  found anew from the first; S; d_S.
   """
   states, state, d_state = scratch
   dot, dot_transposed, transposed_dot = _products(q.dtype)
