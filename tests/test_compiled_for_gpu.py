@@ -24,7 +24,11 @@ pytestmark = [
 H100 = (Path(__file__).parents[1] / "benchmarks/h100.txtpb").read_text()
 
 
-@pytest.mark.parametrize("shape", specs.ALL)
+# More than 2^31 elements of q, in two pieces and in one.
+LARGE = specs.Shape(1, 2**20 + 1024, 16, 128, 128), specs.Shape(2, 2**17 + 64, 64, 128, 128)
+
+
+@pytest.mark.parametrize("shape", (*specs.ALL, *LARGE))
 def test_retention_compiles_at_named_shapes(shape):
   """Forward and backward; what does not fit a multiprocessor is refused."""
   devices = topologies.get_topology_desc(

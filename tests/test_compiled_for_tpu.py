@@ -101,6 +101,16 @@ def test_retention_compiles_at_named_shapes(topology, shape):
 
 
 @pytest.mark.parametrize("packed", [False, True])
+def test_retention_of_more_than_2_31_elements_compiles(packed):
+  """And fits a v5p, or the compiler would refuse it."""
+  shape = specs.Shape(1, 2**20 + 512, 16, 128, 128)
+  assert shape.t * shape.h * shape.k > 2**31
+  mesh = Mesh(np.array(devices("v5p:2x2x1")[:1]), ("x",))
+  text = retention_gradient(shape, mesh, P(), packed=packed)
+  assert "retention_forward" in text and "retention_backward" in text
+
+
+@pytest.mark.parametrize("packed", [False, True])
 def test_retention_on_a_mesh_gathers_nothing(v5e_4x4, packed):
   """Rows along one axis, heads along the other, which cannot divide the rows."""
   mesh = Mesh(np.array(v5e_4x4).reshape(2, 8), ("data", "model"), axis_types=(AxisType.Auto,) * 2)

@@ -33,9 +33,14 @@ def unsupported_reason(q, k, v, state) -> str | None:
     return "the state is float64, expected float32"
   if max(q.shape[-1], v.shape[-1]) > SIZES[-1]:
     return f"keys and values have size {q.shape[-1]} and {v.shape[-1]}, expected at most 512"
-  b, _, h, size = q.shape
-  if b * h * _size(size) * _size(v.shape[-1]) >= 2**31:  # its elements are counted in 32 bits
-    return f"the state has {b * h * size * v.shape[-1]} elements, expected fewer than 2^31"
+  b, t, h, size = q.shape
+  # What is counted in 32 bits: elements of the state, thus thread blocks too, and in copies of tiles
+  # rows `[b t h]`. Their elements are not, so q, k and v may have more.
+  state_size, rows = b * h * _size(size) * _size(v.shape[-1]), b * h * (t + -t % CHUNK)
+  if state_size >= 2**31:
+    return f"the state has {state_size} elements, expected fewer than 2^31"
+  if rows >= 2**31:
+    return f"there are {rows} vectors of queries, expected fewer than 2^31"
   return None
 
 
