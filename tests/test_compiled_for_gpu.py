@@ -1,6 +1,8 @@
 """Programs compiled for an H100 that is not here: JAX's CUDA plugin and ptxas need no driver."""
 
+import importlib
 import importlib.util
+import re
 from pathlib import Path
 
 import jax
@@ -21,7 +23,8 @@ pytestmark = [
     reason="needs jax_cuda13_plugin, see BUILD.md",
   ),
 ]
-H100 = (Path(__file__).parents[1] / "benchmarks/h100.txtpb").read_text()
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+H100 = (BENCHMARKS / "h100.txtpb").read_text()
 
 
 # More than 2^31 elements of q, in two pieces and in one.
@@ -48,3 +51,18 @@ def test_retention_compiles_at_named_shapes(shape):
   heads = [array((b, t, h, size)) for size in (k, k, v)]
   text = step.lower(*heads, array((h,), jnp.float32)).compile().as_text()
   assert text.count("mosaic_gpu") >= 4  # the forward pass and three gradients
+
+
+def test_products_in_32_bits_count_rows(monkeypatch):
+  """In machine code for more than 2^31 elements, as numbers of elements would not fit."""
+  monkeypatch.syspath_prepend(BENCHMARKS)
+  gpu_static = importlib.import_module("gpu_static")
+  shape = specs.Shape(3, 2**16 + 64, 96, 128, 128)
+  rows = shape.t * shape.h
+  assert shape.b * rows * shape.k > 2**31
+  codes = gpu_static.launches(shape, "packed")
+  assert len(codes) >= 2  # forward, and backward in time
+  for code in codes:
+    assert "cp.async.bulk.tensor" in code
+    factors = re.findall(r"(?:mul|mad)\.lo\.s32\s+\S+ \S+ (\d+)", code)
+    assert str(rows) in factors and max(map(int, factors)) == rows

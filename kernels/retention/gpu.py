@@ -34,8 +34,8 @@ def unsupported_reason(q, k, v, state) -> str | None:
   if max(q.shape[-1], v.shape[-1]) > SIZES[-1]:
     return f"keys and values have size {q.shape[-1]} and {v.shape[-1]}, expected at most 512"
   b, t, h, size = q.shape
-  # What is counted in 32 bits: elements of the state, thus thread blocks too, and in copies of tiles
-  # rows `[b t h]`. Their elements are not, so q, k and v may have more.
+  # Counted in 32 bits: elements of the state, hence thread blocks, and rows `[b t h]` of the arrays
+  # that tiles are copied from and to. Elements of q, k and v are not.
   state_size, rows = b * h * _size(size) * _size(v.shape[-1]), b * h * (t + -t % CHUNK)
   if state_size >= 2**31:
     return f"the state has {state_size} elements, expected fewer than 2^31"
