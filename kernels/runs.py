@@ -19,6 +19,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from .sharding import varying_as
+
 
 class Runs(NamedTuple):
   """What the weights of the tokens of a run are made of."""
@@ -121,7 +123,7 @@ def states_before(state: jax.Array, kept: jax.Array, added: jax.Array, **scan):
     kept, added = run
     return weigh(kept, before) + added, before
 
-  return jax.lax.scan(step, state, (kept, added), **scan)
+  return jax.lax.scan(step, varying_as(added, state), (kept, added), **scan)
 
 
 def weigh(weights: jax.Array, x: jax.Array) -> jax.Array:

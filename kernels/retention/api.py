@@ -11,7 +11,7 @@ from .. import implementations
 from ..checks import Form, check_form, check_heads, check_shapes
 from ..implementations import Implementation
 from ..positions import decayed_count
-from ..sharding import divided
+from ..sharding import divided, varying_as
 from . import pieces, xla
 
 
@@ -95,7 +95,7 @@ def retention(
     q, k, v = (jnp.where(mask[..., None, None], a, 0) for a in (q, k, v))
     if log_decay.ndim == 3:
       log_decay = jnp.where(mask[..., None], log_decay, 0)
-  log_decay = _varying_with(q, log_decay)
+  log_decay = varying_as(q, log_decay)  # or its gradient, which is written out, would not
   final = None
   if sequence_axis is not None:
     dtype = xla.accumulator(q, k, v, state)
@@ -118,12 +118,6 @@ def retention(
     *(q, k, v, log_decay, state, reset, mask),
   )
   return out, after if final is None else final
-
-
-def _varying_with(q, log_decay):
-  """Within `jax.shard_map`: gradients that are written out must vary where their arguments do."""
-  over = jax.typeof(q).manual_axis_type.varying - jax.typeof(log_decay).manual_axis_type.varying
-  return jax.lax.pcast(log_decay, tuple(over), to="varying")
 
 
 def _module(name: str):

@@ -18,6 +18,7 @@ from ..runs import (
   untouched_if_masked,
   weigh,
 )
+from ..sharding import varying_as
 
 # Of the parallel form. Rows of 128 fill a matrix unit and skip nearly half of the pairs of a long
 # sequence; every block is compiled by itself, so there are at most 8, which still skip 7/16.
@@ -161,5 +162,5 @@ def recurrent(q, k, v, log_decay, state, reset, mask):
   per_token = log_decay if log_decay.ndim == 3 else None
   tokens = (q.astype(dtype), k.astype(dtype), v.astype(dtype), per_token, reset, mask)
   tokens = jax.tree.map(lambda a: jnp.swapaxes(a, 0, 1), tokens)
-  final, out = jax.lax.scan(step, state, tokens)
+  final, out = jax.lax.scan(step, varying_as(q, state), tokens)
   return jnp.swapaxes(out, 0, 1).astype(v.dtype), final
