@@ -28,6 +28,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.custom_derivatives import CustomVJPPrimal
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from measure import parser, save
@@ -51,7 +52,8 @@ class Case(NamedTuple):
   direction: str
   shape: Shape
   dtype: str = "bfloat16"
-  variant: str = "plain"  # "packed": document resets and padding; "per token": such decays
+  # "constant": no gradient of the decays; "packed": resets and padding; "per token": such decays
+  variant: str = "plain"
 
 
 class Schedule(NamedTuple):
@@ -72,7 +74,10 @@ def cases(everything: bool) -> list[Case]:
     rows += [(shape, "bfloat16", variant) for shape in SHAPES for variant in variants]
     rows += [(shape,) for shape in specs.ALL if shape not in SHAPES]
     rows += [(specs.RETNET, "float32")]
-  return [Case(direction, *row) for row in rows for direction in DIRECTIONS]
+  found = [Case(direction, *row) for row in rows for direction in DIRECTIONS]
+  if everything:  # forward, it is the plain one
+    found += [Case("backward", shape, variant="constant") for shape in SHAPES]
+  return found
 
 
 def bounds(case: Case, chunks: int) -> tuple[float, float]:
@@ -161,6 +166,7 @@ def compile_one(case: Case) -> int:
   state, row = array((b, h, k, v)), array((b, 1, 1, t))
   decays = {
     "plain": (array((h,)), None, None),
+    "constant": (array((h,)), None, None),
     "packed": (array((h,)), row, row),
     "per token": (None, array((b, h, 1, t)), None),
   }
@@ -171,7 +177,7 @@ def compile_one(case: Case) -> int:
 
   f = forward(tpu._chunkwise)
   if case.direction == "backward":
-    results, residuals = jax.eval_shape(forward(tpu._chunkwise_forward), *args)
+    results, residuals = jax.eval_shape(functools.partial(_differentiated, case.variant), *args)
     args = jax.tree.map(lambda a: array(a.shape, a.dtype), (residuals, results))
     f = functools.partial(tpu._chunkwise_backward, False)
   with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
@@ -182,6 +188,11 @@ def compile_one(case: Case) -> int:
     if math.prod(map(int, shape.split(","))) >= LARGE:
       raise RuntimeError(f"XLA placed an array [{shape}] in VMEM: enlarge the batch")
   return tpu._Placement(q, q, state.shape).chunks
+
+
+def _differentiated(variant, *args):
+  args = jax.tree.map(lambda a: CustomVJPPrimal(a, variant != "constant"), args)
+  return tpu._chunkwise_forward(*args, False)
 
 
 def main() -> None:

@@ -19,6 +19,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from .sharding import varying_as
+
 
 class Runs(NamedTuple):
   """What the weights of the tokens of a run are made of."""
@@ -111,14 +113,17 @@ def in_runs(c: int, a: jax.Array) -> jax.Array:
   return a.reshape(a.shape[0], -1, c, *a.shape[2:]).swapaxes(0, 1)
 
 
-def states_before(state: jax.Array, kept: jax.Array, added: jax.Array):
-  """The state after all runs, and those before each: `S' = kept S + added`, [n, ...]."""
+def states_before(state: jax.Array, kept: jax.Array, added: jax.Array, **scan):
+  """The state after all runs, and those before each: `S' = kept S + added`, [n, ...].
+
+  Backward in time, from the last run to the first, with the option `reverse` of `jax.lax.scan`.
+  """
 
   def step(before, run):
     kept, added = run
     return weigh(kept, before) + added, before
 
-  return jax.lax.scan(step, state, (kept, added))
+  return jax.lax.scan(step, varying_as(added, state), (kept, added), **scan)
 
 
 def weigh(weights: jax.Array, x: jax.Array) -> jax.Array:

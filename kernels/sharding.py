@@ -1,4 +1,4 @@
-"""Kernels on a mesh: the compiler cannot divide them, so each device is given its part."""
+"""Operators on a mesh: kernels, which the compiler cannot divide, and what is divided by hand."""
 
 from collections.abc import Callable
 
@@ -52,3 +52,12 @@ def divided(
     axis_names=set(free),
     check_vma=False,  # kernels do not say along which axes their results vary
   )
+
+
+def varying_as(like: jax.Array, x: jax.Array) -> jax.Array:
+  """`x`, known to vary over the axes of the mesh that `like` does, where those are divided by hand.
+
+  As the carry of a scan and the argument of a gradient that is written out have to be.
+  """
+  over = jax.typeof(like).manual_axis_type.varying - jax.typeof(x).manual_axis_type.varying
+  return jax.lax.pcast(x, tuple(over), to="varying")

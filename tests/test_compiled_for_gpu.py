@@ -1,6 +1,8 @@
 """Programs compiled for an H100 that is not here: JAX's CUDA plugin and ptxas need no driver."""
 
+import importlib
 import importlib.util
+import re
 from pathlib import Path
 
 import jax
@@ -21,7 +23,12 @@ pytestmark = [
     reason="needs jax_cuda13_plugin, see BUILD.md",
   ),
 ]
-H100 = (Path(__file__).parents[1] / "benchmarks/h100.txtpb").read_text()
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+H100 = (BENCHMARKS / "h100.txtpb").read_text()
+
+
+# More than 2^31 elements of q, in two pieces and in one.
+LARGE = specs.Shape(1, 2**20 + 1024, 16, 128, 128), specs.Shape(2, 2**17 + 64, 64, 128, 128)
 
 
 def arrays():
@@ -37,7 +44,7 @@ def arrays():
   return array
 
 
-@pytest.mark.parametrize("shape", specs.ALL)
+@pytest.mark.parametrize("shape", (*specs.ALL, *LARGE))
 def test_retention_compiles_at_named_shapes(shape):
   """Forward and backward; what does not fit a multiprocessor is refused."""
   array = arrays()
@@ -56,7 +63,7 @@ def test_retention_compiles_at_named_shapes(shape):
 @pytest.mark.parametrize("shape", [shape for shape in specs.DECODING if shape.b > 1])
 def test_a_decoding_step_reads_and_writes_the_state_once(monkeypatch, shape):
   """A small state, of one row, is read again, out of the cache."""
-  monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+  monkeypatch.syspath_prepend(BENCHMARKS)
   from hlo_bytes import moved
 
   array = arrays()
@@ -71,3 +78,18 @@ def test_a_decoding_step_reads_and_writes_the_state_once(monkeypatch, shape):
   program = step.lower(*heads, array((h,), jnp.float32), state).compile()
   assert moved(program.as_text()) < 2.1 * 4 * state.size
   assert program.memory_analysis().alias_size_in_bytes >= 4 * state.size
+
+
+def test_products_in_32_bits_count_rows(monkeypatch):
+  """In machine code for more than 2^31 elements, as numbers of elements would not fit."""
+  monkeypatch.syspath_prepend(BENCHMARKS)
+  gpu_static = importlib.import_module("gpu_static")
+  shape = specs.Shape(3, 2**16 + 64, 96, 128, 128)
+  rows = shape.t * shape.h
+  assert shape.b * rows * shape.k > 2**31
+  codes = gpu_static.launches(shape, "packed")
+  assert len(codes) >= 2  # forward, and backward in time
+  for code in codes:
+    assert "cp.async.bulk.tensor" in code
+    factors = re.findall(r"(?:mul|mad)\.lo\.s32\s+\S+ \S+ (\d+)", code)
+    assert str(rows) in factors and max(map(int, factors)) == rows

@@ -1,6 +1,7 @@
 """Programs compiled for TPUs that are not here."""
 
 import importlib.util
+import math
 import os
 import re
 from pathlib import Path
@@ -131,6 +132,16 @@ def test_a_decoding_step_reads_and_writes_the_state_once(monkeypatch, shape, var
 
 
 @pytest.mark.parametrize("packed", [False, True])
+def test_retention_of_more_than_2_31_elements_compiles(packed):
+  """And fits a v5p, or the compiler would refuse it."""
+  shape = specs.Shape(1, 2**20 + 512, 16, 128, 128)
+  assert shape.t * shape.h * shape.k > 2**31
+  mesh = Mesh(np.array(devices("v5p:2x2x1")[:1]), ("x",))
+  text = retention_gradient(shape, mesh, P(), packed=packed)
+  assert "retention_forward" in text and "retention_backward" in text
+
+
+@pytest.mark.parametrize("packed", [False, True])
 def test_retention_on_a_mesh_gathers_nothing(v5e_4x4, packed):
   """Rows along one axis, heads along the other, which cannot divide the rows."""
   mesh = Mesh(np.array(v5e_4x4).reshape(2, 8), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
@@ -140,7 +151,19 @@ def test_retention_on_a_mesh_gathers_nothing(v5e_4x4, packed):
   assert "all-gather" not in text and "all-to-all" not in text
 
 
-def retention_gradient(shape, mesh, spec, *, packed):
+def test_a_kernel_over_shards_of_a_sequence_gathers_states_alone():
+  mesh = Mesh(np.array(devices("v5e:2x2")), ("seq",), axis_types=(AxisType.Auto,))
+  shape = specs.Shape(1, 4096, 4, 128, 128)
+  text = retention_gradient(shape, mesh, P(None, "seq"), packed=True, sequence_axis="seq")
+  assert "retention_forward" in text and "retention_backward" in text
+  states = 4 * shape.b * shape.h * shape.k * shape.v
+  results = " ".join(re.findall(r" = (.+?) all-(?:gather|to-all)\S*\(", text))
+  gathered = re.findall(r"\w+\[([\d,]+)\]", results)
+  assert max(math.prod(map(int, sizes.split(","))) for sizes in gathered) == states
+  assert states < shape.b * shape.t * shape.h * shape.k
+
+
+def retention_gradient(shape, mesh, spec, *, packed, sequence_axis=None):
   """The compiled program of outputs and every gradient, as text."""
   b, t, h, k, v = shape
 
@@ -149,10 +172,20 @@ def retention_gradient(shape, mesh, spec, *, packed):
 
   heads = [array((b, t, h, size), spec) for size in (k, k, v)]
   log_decay = array((h,), P(*spec[2:]), jnp.float32)
-  tokens = array((b, t), P(*spec[:1]), bool) if packed else None
+  tokens = array((b, t), P(*spec[:2]), bool) if packed else None
+
+  def retention(q, k, v, log_decay, reset, mask):
+    options = {"reset": reset, "mask": mask, "sequence_axis": sequence_axis}
+    return kernels.retention(q, k, v, log_decay, **options)
+
+  if sequence_axis is not None:
+    specs = (spec, spec, spec, P(), spec, spec)
+    retention = jax.shard_map(
+      retention, mesh=mesh, in_specs=specs, out_specs=(spec, P()), check_vma=False
+    )
 
   def loss(q, k, v, log_decay, reset, mask):
-    out, state = kernels.retention(q, k, v, log_decay, reset=reset, mask=mask)
+    out, state = retention(q, k, v, log_decay, reset, mask)
     return jnp.sum(jnp.square(out.astype(jnp.float32))) + jnp.sum(jnp.square(state))
 
   step = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2, 3)))

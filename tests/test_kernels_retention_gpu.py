@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from triform import kernels
 from triform.kernels.retention import gpu, gpu_plan
 
 PROGRAM = Path(__file__).parent / "retention_on_gpu.py"
+ALLOWED = [jax.export.DisabledSafetyCheck.custom_call("mosaic_gpu_v2")]
 
 
 @pytest.mark.slow
@@ -36,8 +38,7 @@ def exported(dtype=jnp.bfloat16, t=256, size=128, **options):
   def loss(q, k, v):
     return jnp.sum(kernels.retention(q, k, v, -jnp.ones(2), **options)[0].astype(jnp.float32))
 
-  allowed = [jax.export.DisabledSafetyCheck.custom_call("mosaic_gpu_v2")]
-  export = jax.export.export(jax.jit(jax.grad(loss)), platforms=["cuda"], disabled_checks=allowed)
+  export = jax.export.export(jax.jit(jax.grad(loss)), platforms=["cuda"], disabled_checks=ALLOWED)
   return export(*heads).mlir_module()
 
 
@@ -67,6 +68,22 @@ def test_what_the_kernel_does_not_take_is_told(options, told):
     exported(implementation="gpu", **options)
 
 
+@pytest.mark.parametrize(
+  ("b", "t", "h", "size", "told"),
+  [
+    (1, 2**25, 63, 64, None),  # 2^37 elements, more than any GPU holds
+    (1, 2**25, 64, 64, "there are 2147483648 vectors of queries, expected fewer than 2\\^31"),
+    (1, 2**25 - 63, 64, 64, "there are 2147483648 vectors"),  # with its padding
+    (2**10, 64, 7, 512, None),
+    (2**10, 64, 8, 300, "the state has 2147483648 elements, expected fewer than 2\\^31"),
+  ],
+)
+def test_what_is_counted_in_32_bits_is_limited(b, t, h, size, told):
+  array = jax.ShapeDtypeStruct((b, t, h, size), jnp.bfloat16)
+  reason = gpu.unsupported_reason(array, array, array, None)
+  assert reason is None if told is None else re.match(told, reason)
+
+
 @pytest.mark.parametrize("k", gpu.SIZES)
 @pytest.mark.parametrize("v", gpu.SIZES)
 def test_every_size_has_a_plan_that_fits(k, v):
@@ -75,3 +92,24 @@ def test_every_size_has_a_plan_that_fits(k, v):
       plan = gpu_plan.make_plan(heads, k, v, out_bytes)
       assert plan.shared_bytes <= gpu_plan.SHARED_BYTES
       assert v % plan.tile == 0 and plan.stages >= 1
+
+
+@pytest.mark.parametrize("learned", [True, False])
+def test_gradients_are_float32_only_for_those_of_decays(learned):
+  """Of queries and keys. Known through a scan over layers that are computed again, too."""
+
+  @jax.checkpoint
+  def layer(x, log_decay):
+    return kernels.retention(x, x, x, log_decay, implementation="gpu")[0]
+
+  def loss(x, log_decay):
+    x, _ = jax.lax.scan(lambda x, _: (layer(x, log_decay), None), x, length=2)
+    return jnp.sum(x.astype(jnp.float32))
+
+  gradient = jax.jit(jax.grad(loss, argnums=(0, 1) if learned else 0))
+  arrays = jax.ShapeDtypeStruct((1, 256, 2, 128), jnp.bfloat16), jax.ShapeDtypeStruct((2,), "f4")
+  export = jax.export.export(gradient, platforms=["cuda"], disabled_checks=ALLOWED)
+  launches = re.findall(r"@mosaic_gpu_v2\(.* -> \((.*?)\)", export(*arrays).mlir_module())
+  outputs = [re.findall(r"tensor<1x256x2x128x(\w+)>", launch) for launch in launches]
+  narrow, wide = ["bf16"], ["f32"]
+  assert sorted(outputs) == sorted([narrow, narrow, *([wide, wide] if learned else [narrow] * 2)])

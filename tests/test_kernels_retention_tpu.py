@@ -1,6 +1,7 @@
 """The TPU kernels of retention, interpreted: against float64, and as programs for a TPU."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -171,6 +172,37 @@ def test_rows_under_vmap_and_rematerialisation_equal_a_batch():
   batch = functools.partial(loss, lambda *arrays: kernel(arrays, None, None))
   for one_gradient, other in zip(got, jax.jit(jax.grad(batch))((*arrays, state)), strict=True):
     np.testing.assert_allclose(one_gradient, other, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("decay", ["[h]", "[b, t, h]"])
+def test_the_other_gradients_are_the_same_without_that_of_decays(decay):
+  """Which are then not computed."""
+  q, k, v, log_decay, state = numbers(0, 256, decay, 2, 1, 128, 128)
+
+  def loss(arrays, log_decay):
+    *heads, state = arrays
+    out, after = kernel((*heads, log_decay, state), None, None)
+    return jnp.sum(jnp.square(out)) + jnp.sum(jnp.square(after))
+
+  arrays = (q, k, v, state)
+  learned = jax.jit(jax.grad(loss, argnums=(0, 1)))(arrays, log_decay)[0]
+  constant = jax.jit(jax.grad(loss))(arrays, log_decay)
+  for one, other in zip(constant, learned, strict=True):
+    np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("learned", [True, False])
+def test_a_gradient_of_decays_is_computed_where_it_is_asked_for(learned):
+  heads = [jax.ShapeDtypeStruct((1, 128, 2, 128), jnp.bfloat16)] * 3
+
+  def loss(log_decay, *heads):
+    return jnp.sum(kernels.retention(*heads, log_decay)[0].astype(jnp.float32))
+
+  gradient = jax.jit(jax.grad(loss, argnums=(0, 1) if learned else 1))
+  export = jax.export.export(gradient, platforms=["tpu"])
+  text = export(jax.ShapeDtypeStruct((2,), jnp.float32), *heads).mlir_module()
+  outputs = [launch.count("tensor<") for launch in re.findall(r"@tpu_custom.* -> (.*)", text)]
+  assert outputs == [3, 5 if learned else 4]  # out, state, saved; d_q, d_k, d_v, d_state
 
 
 def exported(platform, t=128, size=128, dtype=jnp.bfloat16, **options):

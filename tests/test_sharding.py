@@ -47,6 +47,20 @@ def test_a_kernel_runs_on_each_device_with_what_is_there(results):
   assert kernel["error"] <= 1e-6 and kernel["placed"] and not kernel["gathers"]
 
 
+def test_retention_over_shards():
+  """In a process of its own, for its devices."""
+  flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+  command = [sys.executable, "-m", "pytest", "-q", "-x", str(HERE / "retention_over_shards.py")]
+  done = subprocess.run(
+    [*command, "-p", "no:cacheprovider"],
+    env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert done.returncode == 0, done.stdout[-3000:]
+
+
 def test_every_device_holds_its_part_of_every_matrix(results):
   for model in ("retnet", "toy"):
     meshes = ("data=1", "fsdp=-1", "data=2,fsdp=4")

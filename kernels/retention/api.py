@@ -11,8 +11,8 @@ from .. import implementations
 from ..checks import Form, check_form, check_heads, check_shapes
 from ..implementations import Implementation
 from ..positions import decayed_count
-from ..sharding import divided
-from . import xla
+from ..sharding import divided, varying_as
+from . import pieces, xla
 
 
 @jax.named_scope("mixing")
@@ -28,6 +28,7 @@ def retention(
   form: Form = "chunkwise",
   chunk_size: int = 128,
   implementation: Implementation | Sequence[Implementation] | None = None,
+  sequence_axis: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:  # [b, t, h, v], [b, h, k, v]
   """Multi-scale retention (RetNet, section 2.1), without scaling, rotation or normalisation.
 
@@ -55,6 +56,9 @@ def retention(
       128 or more tokens in bfloat16 or float32 and sizes from 64 to 512; `"gpu"`, one for bfloat16
       on Hopper GPUs, not yet run on one and so only by name; or several, of which the first is
       taken that fits. `None`: on a TPU its kernel, where it fits.
+    sequence_axis: within `jax.shard_map`, the axis of the mesh that divides the tokens: arrays are
+      this shard's, `state` comes before the first shard and the final state after the last. Every
+      shard gets both whole. Kernels need `check_vma=False` there.
 
   Returns:
     Outputs in the dtype of `v`, and the final state. State, decays and sums are held in the
@@ -91,7 +95,15 @@ def retention(
     q, k, v = (jnp.where(mask[..., None, None], a, 0) for a in (q, k, v))
     if log_decay.ndim == 3:
       log_decay = jnp.where(mask[..., None], log_decay, 0)
-  return implementations.run(
+  log_decay = varying_as(q, log_decay)  # or its gradient, which is written out, would not
+  final = None
+  if sequence_axis is not None:
+    dtype = xla.accumulator(q, k, v, state)
+    before = jnp.zeros((b, h, key_size, v.shape[-1]), dtype) if state is None else state
+    state, final = pieces.over_shards(
+      sequence_axis, k, v, log_decay, before.astype(dtype), reset, mask
+    )
+  out, after = implementations.run(
     "retention",
     implementation,
     {
@@ -105,6 +117,7 @@ def retention(
     },
     *(q, k, v, log_decay, state, reset, mask),
   )
+  return out, after if final is None else final
 
 
 def _module(name: str):

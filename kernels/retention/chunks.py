@@ -1,6 +1,10 @@
-"""What the kernels of retention take in the place of decays, resets and padding."""
+"""What both kernels of retention do around their launches."""
 
+import dataclasses
+
+import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 
 from ..runs import pad_to_runs
 
@@ -31,3 +35,23 @@ def in_chunks(c: int, q, k, v, log_decay, state, reset, mask):
 def _running_sums(c, a):
   b, t, h = a.shape
   return jnp.cumsum(a.reshape(b, -1, c, h).astype(jnp.float32), axis=2).reshape(b, t, h)
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class Wanted:
+  """Which gradients are asked for: known when the backward pass is traced, so part of no array."""
+
+  decays: bool  # those of the rate or the exponent
+
+
+def primals(q, k, v, rate, exponent, segment, state):
+  """Arrays and `Wanted` of the arguments of a forward rule with `symbolic_zeros`."""
+  decays = any(a.perturbed for a in (rate, exponent) if a is not None)
+  args = (q, k, v, rate, exponent, segment, state)
+  return jax.tree.map(lambda a: a.value, args), Wanted(decays)
+
+
+def written_out(cotangents):
+  """Those of a backward rule with `symbolic_zeros`, as arrays."""
+  return [jnp.zeros(a.shape, a.dtype) if isinstance(a, SymbolicZero) else a for a in cotangents]

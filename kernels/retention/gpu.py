@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from ..runs import untouched_if_masked
-from .chunks import in_chunks
+from .chunks import in_chunks, primals, written_out
 from .gpu_plan import CHUNK
 from .gpu_sweep import sweep
 
@@ -33,9 +33,14 @@ def unsupported_reason(q, k, v, state) -> str | None:
     return "the state is float64, expected float32"
   if max(q.shape[-1], v.shape[-1]) > SIZES[-1]:
     return f"keys and values have size {q.shape[-1]} and {v.shape[-1]}, expected at most 512"
-  b, _, h, size = q.shape
-  if b * h * _size(size) * _size(v.shape[-1]) >= 2**31:  # its elements are counted in 32 bits
-    return f"the state has {b * h * size * v.shape[-1]} elements, expected fewer than 2^31"
+  b, t, h, size = q.shape
+  # Counted in 32 bits: elements of the state, hence thread blocks, and rows `[b t h]` of the arrays
+  # that tiles are copied from and to. Elements of q, k and v are not.
+  state_size, rows = b * h * _size(size) * _size(v.shape[-1]), b * h * (t + -t % CHUNK)
+  if state_size >= 2**31:
+    return f"the state has {state_size} elements, expected fewer than 2^31"
+  if rows >= 2**31:
+    return f"there are {rows} vectors of queries, expected fewer than 2^31"
   return None
 
 
@@ -78,23 +83,27 @@ def _whole(segment):
 
 
 def _chunkwise_forward(*args):
-  return _chunkwise(*args), args[:7]
+  arrays, wanted = primals(*args[:7])
+  return _chunkwise(*arrays, args[7]), (arrays, wanted)
 
 
 def _chunkwise_backward(interpret, residuals, cotangents):
-  q, k, v, rate, exponent, segment, state = residuals
-  d_o, d_after = cotangents
+  (q, k, v, rate, exponent, segment, state), wanted = residuals
+  d_o, d_after = written_out(cotangents)
   d_o = d_o.astype(v.dtype)
   weights = (rate, exponent, _whole(segment))
   backward = functools.partial(sweep, reverse=True, interpret=interpret)
-  precise = {"out_dtype": jnp.float32}  # the gradient of decays is a small difference of these
+  # The gradient of decays is a small difference of these.
+  precise = {"out_dtype": jnp.float32 if wanted.decays else None}
   transposed = functools.partial(jnp.swapaxes, axis1=-1, axis2=-2)
   d_q, after = sweep(d_o, v, k, *weights, transposed(state), interpret=interpret, **precise)
   d_k, _ = backward(v, d_o, q, *weights, transposed(d_after), **precise)
   d_v, d_state = backward(k, q, d_o, *weights, d_after)
-  through_after = jnp.einsum("bhkv,bhvk->bh", d_after, after)
-  d_sums = _gradient_of_sums(q, k, d_q, d_k, through_after)
-  d_rate, d_exponent = _of_rate(d_sums, rate, exponent)
+  d_rate = d_exponent = None
+  if wanted.decays:
+    through_after = jnp.einsum("bhkv,bhvk->bh", d_after, after)
+    d_sums = _gradient_of_sums(q, k, d_q, d_k, through_after)
+    d_rate, d_exponent = _of_rate(d_sums, rate, exponent)
   d_k, d_v = (
     d.reshape(*a.shape[:3], -1, a.shape[3]).sum(axis=3, dtype=jnp.float32)
     for d, a in ((d_k, k), (d_v, v))
@@ -105,7 +114,7 @@ def _chunkwise_backward(interpret, residuals, cotangents):
   )
 
 
-_chunkwise.defvjp(_chunkwise_forward, _chunkwise_backward)
+_chunkwise.defvjp(_chunkwise_forward, _chunkwise_backward, symbolic_zeros=True)
 
 
 def _gradient_of_sums(q, k, d_q, d_k, through_after):

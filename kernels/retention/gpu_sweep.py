@@ -22,10 +22,12 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from ..runs import states_before
 from . import gpu_kernel
 from .gpu_plan import CHUNK, MULTIPROCESSORS, make_plan
 
 LOG2E = math.log2(math.e)
+UNROLL = 8  # pieces that are joined in one launch: a loop has three for each
 
 
 def sweep(
@@ -69,17 +71,16 @@ def sweep(
   plan = make_plan(b * pieces * h, k_size, v_size, 0)
   zeros = jnp.zeros((b * pieces, *state.shape[1:]), jnp.float32)
   (added,) = _sweep(plan, *arrays, zeros, None, **options)
-  added = added.reshape(b, pieces, *state.shape[1:])
+
+  def by_piece(a):  # of rows
+    return a.reshape(b, pieces, *a.shape[1:]).swapaxes(0, 1)
+
   kept = jnp.broadcast_to(_kept(rate, exponent, segment, t // pieces), (b * pieces, h))
-  kept = kept.reshape(b, pieces, h, 1, 1)
-  entering = [None] * pieces
-  for piece in reversed(range(pieces)) if reverse else range(pieces):
-    entering[piece], weight = state, kept[:, piece]
-    state = jnp.where(weight == 0, 0, weight * state) + added[:, piece]
-  entering = jnp.stack(entering, axis=1).reshape(zeros.shape)
+  kept = by_piece(kept)[..., None, None]
+  final, entering = states_before(state, kept, by_piece(added), reverse=reverse, unroll=UNROLL)
+  entering = entering.swapaxes(0, 1).reshape(zeros.shape)
   plan = make_plan(b * pieces * h, k_size, v_size, out_dtype.itemsize)
-  out, final = _sweep(plan, *arrays, entering, out_dtype, **options)
-  final = final.reshape(added.shape)[:, 0 if reverse else -1]
+  out, _ = _sweep(plan, *arrays, entering, out_dtype, **options)
   return out.reshape(b, t, h, v_size), final
 
 

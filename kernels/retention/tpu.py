@@ -14,7 +14,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from ..runs import untouched_if_masked
 from . import tpu_kernels
-from .chunks import in_chunks
+from .chunks import in_chunks, primals, written_out
 from .tpu_kernels import CHUNK, Block, Weights
 
 BLOCK = 4  # chunks at most: enough for their latencies to hide behind each other
@@ -75,8 +75,9 @@ def _chunkwise(q, k, v, rate, exponent, segment, state, interpret):
 
 
 def _chunkwise_forward(*args):
-  o, after, starts = _forward(*args, save=True)
-  return (o, after), (*args[:6], starts)
+  arrays, wanted = primals(*args[:7])
+  o, after, starts = _forward(*arrays, args[7], save=True)
+  return (o, after), (*arrays[:6], starts, wanted)
 
 
 def _forward(q, k, v, rate, exponent, segment, state, interpret, *, save):
@@ -95,10 +96,14 @@ def _forward(q, k, v, rate, exponent, segment, state, interpret, *, save):
 
 
 def _chunkwise_backward(interpret, residuals, cotangents):
-  q, k, v, rate, exponent, segment, starts = residuals
-  d_o, d_after = cotangents
+  q, k, v, rate, exponent, segment, starts, wanted = residuals
+  d_o, d_after = written_out(cotangents)
   at = _Placement(q, k, d_after.shape, reverse=True)
-  rates = jax.ShapeDtypeStruct((at.b, at.h, 1, CHUNK), jnp.float32)
+  of_rate = of_exponent = None
+  if wanted.decays and rate is None:
+    of_exponent = (exponent, at.row)
+  elif wanted.decays:
+    of_rate = (jax.ShapeDtypeStruct((at.b, at.h, 1, CHUNK), jnp.float32), at.state)
   # Query heads that share a key/value head have gradients of their own, which are added.
   d_k, d_v = (
     jax.ShapeDtypeStruct((at.b, at.t, at.h * size), a.dtype if at.alone else jnp.float32)
@@ -113,7 +118,7 @@ def _chunkwise_backward(interpret, residuals, cotangents):
     ],
     [
       *((q, at.heads), (d_k, at.heads), (d_v, at.heads), (d_after, at.state)),
-      *((None, (exponent, at.row)) if rate is None else ((rates, at.state), None)),
+      *(of_rate, of_exponent),
     ],
     scratch=[
       ((at.chunks, *at.matrix), q.dtype),
@@ -123,11 +128,11 @@ def _chunkwise_backward(interpret, residuals, cotangents):
     products=5,
     interpret=interpret,
   )
-  d_rate = None if rate is None else d_rate.sum(axis=(0, 2, 3))
+  d_rate = None if d_rate is None else d_rate.sum(axis=(0, 2, 3))
   return d_q, at.add(d_k, k), at.add(d_v, v), d_rate, d_exponent, None, d_state
 
 
-_chunkwise.defvjp(_chunkwise_forward, _chunkwise_backward)
+_chunkwise.defvjp(_chunkwise_forward, _chunkwise_backward, symbolic_zeros=True)
 
 
 class _Placement:

@@ -164,8 +164,8 @@ def backward(
       d_S = kept d_S + (read q)^T d_o
 
   Refs as in `forward`; of d_rate `[1, 1, 1, c]`, which is yet to be summed, and d_exponent
-  `[1, 1, 1, tokens]` one is `None`. Scratch: the states before the chunks of the block, found anew
-  from the first; S; d_S.
+  `[1, 1, 1, tokens]` at most one is not `None`. Scratch: the states before the chunks of the block,
+  found anew from the first; S; d_S.
   """
   states, state, d_state = scratch
   dot, dot_transposed, transposed_dot = _products(q.dtype)
@@ -203,13 +203,14 @@ def backward(
     d_q[0, rows] = (dot(d_scores, keys) + read).astype(d_q.dtype)
     d_k[0, rows] = (transposed_dot(d_scores, queries) + left).astype(d_k.dtype)
 
-    pairs = scores * d_weighted
-    read, left = queries.astype(jnp.float32) * read, keys.astype(jnp.float32) * left
-    kept = d_state[...] * block.scale_state(weights.kept, states[n].astype(jnp.float32))
-    if d_rate is not None:
-      d_rate[0, 0] += _rate_gradient(*block.counts(rows), pairs, read, left, kept)
-    else:
-      d_exponent[0, 0, :, rows] = _exponent_gradient(pairs, read, left, kept)
+    if d_rate is not None or d_exponent is not None:
+      pairs = scores * d_weighted
+      read, left = queries.astype(jnp.float32) * read, keys.astype(jnp.float32) * left
+      kept = d_state[...] * block.scale_state(weights.kept, states[n].astype(jnp.float32))
+      if d_rate is not None:
+        d_rate[0, 0] += _rate_gradient(*block.counts(rows), pairs, read, left, kept)
+      else:
+        d_exponent[0, 0, :, rows] = _exponent_gradient(pairs, read, left, kept)
 
     scores = narrow(scores)
     reading = narrow(_scale(weights.read, queries.astype(jnp.float32)))

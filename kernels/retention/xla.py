@@ -16,6 +16,7 @@ from ..runs import (
   untouched_if_masked,
   weigh,
 )
+from ..sharding import varying_as
 
 # Of the parallel form. Rows of 128 fill a matrix unit and skip nearly half of the pairs of a long
 # sequence; every block is compiled by itself, so there are at most 8, which still skip 7/16.
@@ -23,7 +24,7 @@ ROW_BLOCK = 128
 MAX_ROW_BLOCKS = 8
 
 
-def _accumulator(q, k, v, state) -> jnp.dtype:
+def accumulator(q, k, v, state) -> jnp.dtype:
   dtypes = [a.dtype for a in (q, k, v, state) if a is not None]
   return jnp.result_type(jnp.float32, *dtypes)
 
@@ -110,7 +111,7 @@ def row_blocks(t: int) -> list[tuple[int, int]]:
 
 def parallel(q, k, v, log_decay, state, reset, mask):
   """One run of length t, in blocks of rows so that what causality hides is not computed."""
-  t, g, dtype = q.shape[1], k.shape[2], _accumulator(q, k, v, state)
+  t, g, dtype = q.shape[1], k.shape[2], accumulator(q, k, v, state)
   runs = make_runs(log_decay.astype(dtype), reset, mask, g, t, dtype)
   heads = (by_head(q, g, t), by_head(k, g, t), by_head(v, g, t))
   outputs = []
@@ -136,7 +137,7 @@ def chunkwise(q, k, v, log_decay, state, reset, mask, *, chunk_size):
 
   On a CPU the scan does all there is to do for a chunk, whose arrays so stay in the cache.
   """
-  t, g, dtype = q.shape[1], k.shape[2], _accumulator(q, k, v, state)
+  t, g, dtype = q.shape[1], k.shape[2], accumulator(q, k, v, state)
   state = _zeros_state(q, v, dtype) if state is None else state.astype(dtype)
   log_decay = log_decay.astype(dtype)
   c = min(chunk_size, t)
@@ -171,7 +172,7 @@ def _one_by_one(state, *arrays):
 
 def recurrent(q, k, v, log_decay, state, reset, mask):
   """One token after another, the state being all that is kept."""
-  h, g, dtype = q.shape[2], k.shape[2], _accumulator(q, k, v, state)
+  h, g, dtype = q.shape[2], k.shape[2], accumulator(q, k, v, state)
   state = _zeros_state(q, v, dtype) if state is None else state.astype(dtype)
   log_decay = log_decay.astype(dtype)
 
@@ -191,5 +192,5 @@ def recurrent(q, k, v, log_decay, state, reset, mask):
   per_token = log_decay if log_decay.ndim == 3 else None
   tokens = (q.astype(dtype), k.astype(dtype), v.astype(dtype), per_token, reset, mask)
   tokens = jax.tree.map(lambda a: jnp.swapaxes(a, 0, 1), tokens)
-  final, out = jax.lax.scan(step, state, tokens)
+  final, out = jax.lax.scan(step, varying_as(q, state), tokens)
   return jnp.swapaxes(out, 0, 1).astype(v.dtype), final
