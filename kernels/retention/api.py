@@ -54,7 +54,8 @@ def retention(
     implementation: `"xla"`, every form of any arrays; `"tpu"`, a kernel for the chunkwise form of
       128 or more tokens in bfloat16 or float32 and sizes from 64 to 512; `"gpu"`, one for bfloat16
       on Hopper GPUs and for float32 on those of Pallas-Triton, not yet run on any and so only by
-      name; or several, of which the first is taken that fits. `None`: on a TPU its kernel, where it fits.
+      name; or several, of which the first is taken that fits. `None`: on a TPU its kernel, where
+      it fits.
 
   Returns:
     Outputs in the dtype of `v`, and the final state. State, decays and sums are held in the
