@@ -47,7 +47,7 @@ def exported(dtype=jnp.bfloat16, t=256, size=128, **options):
   [
     ({"implementation": "gpu"}, True),
     ({"implementation": ("tpu", "gpu"), "t": 100}, True),
-    ({"implementation": ("gpu", "xla"), "dtype": jnp.float32}, False),
+    ({"implementation": ("gpu", "xla"), "dtype": jnp.float16}, False),
     ({}, False),  # not yet run on one, so only by name
   ],
 )
@@ -58,7 +58,7 @@ def test_which_implementation_is_in_the_program(options, kernel_runs):
 @pytest.mark.parametrize(
   ("options", "told"),
   [
-    ({"dtype": jnp.float32}, "gpu: q, k and v are float32, expected all bfloat16"),
+    ({"dtype": jnp.float16}, "gpu: q, k and v are float16, expected all bfloat16 or all float32"),
     ({"form": "parallel"}, "gpu: the form is 'parallel', expected 'chunkwise'"),
     ({"size": 600}, "gpu: keys and values have size 600 and 600, expected at most 512"),
   ],

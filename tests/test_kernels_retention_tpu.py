@@ -11,84 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jax.experimental.pallas import tpu as pltpu
 from laws_errors import error
+from retention_errors import CHUNK, EPS, B, as_called, compare, numbers, plain, with_gradients
 
 from triform import kernels
-from triform.kernels.retention import reference, tpu, xla
+from triform.kernels.retention import tpu, xla
 
-B, CHUNK = 2, 128
-EPS = {dtype: float(jnp.finfo(dtype).eps) for dtype in ("bfloat16", "float32")}
-NAMES = ("q", "k", "v", "log_decay", "state")
-
-
-def numbers(seed, t, decay, h, g, k, v, dtype="float32"):
-  """q, k, v, log_decay and state, of which the first three are exact in `dtype`."""
-  rng = np.random.default_rng(seed)
-  shapes = [(B, t, h, k), (B, t, g, k), (B, t, g, v)]
-  arrays = [jnp.asarray(rng.normal(size=shape) / 4, dtype) for shape in shapes]
-  decays = -0.1 * np.abs(rng.normal(size=(h,) if decay == "[h]" else (B, t, h)))
-  return (*arrays, np.float32(decays), np.float32(rng.normal(size=(B, h, k, v))))
-
-
-def kernel(arrays, reset, mask, interpret=True):
-  """As the public function does it, but interpreted."""
-  *heads, log_decay, state = arrays
-  if mask is not None:
-    heads = [jnp.where(mask[..., None, None], a, 0) for a in heads]
-    log_decay = log_decay if log_decay.ndim == 1 else jnp.where(mask[..., None], log_decay, 0)
-  return tpu.chunkwise(*heads, log_decay, state, reset, mask, interpret=interpret)
-
-
-def plain(arrays, reset, mask):
-  """The simplest form of XLA."""
-  *arrays, state = arrays
-  return kernels.retention(*arrays, state=state, reset=reset, mask=mask, form="recurrent")
-
-
-@functools.partial(jax.jit, static_argnames=("f", "interpret"))
-def with_gradients(f, arrays, cotangents, reset, mask, **interpret):
-  results, backward = jax.vjp(lambda arrays: f(arrays, reset, mask, **interpret), arrays)
-  return results, backward(cotangents)[0]
-
-
-def wide(arrays):
-  return tuple(np.asarray(a, np.float64) for a in arrays)
-
-
-def compare(arrays, reset, mask, **interpret):
-  """Results and every gradient within twice the error of the simplest form, and four roundings."""
-  dtype = str(arrays[0].dtype)
-  rng = np.random.default_rng(1)
-  real = np.ones(arrays[0].shape[:2], bool) if mask is None else mask
-  o, state = (
-    jax.ShapeDtypeStruct(a.shape, a.dtype) for a in jax.eval_shape(plain, arrays, reset, mask)
-  )
-  cotangents = (
-    jnp.asarray(rng.normal(size=o.shape) * real[..., None, None], o.dtype),
-    jnp.asarray(rng.normal(size=state.shape), state.dtype),
-  )
-  got = with_gradients(kernel, arrays, cotangents, reset, mask, **interpret)
-  simplest = with_gradients(plain, arrays, cotangents, reset, mask)
-  with jax.enable_x64():
-    _, gradients = with_gradients(plain, wide(arrays), wide(cotangents), reset, mask)
-  *heads, before = arrays
-  truth = reference.retention(*wide(heads), state=before, reset=reset, mask=mask)
-
-  def close(name, one, other, expected, rounding=0.0):
-    one, other = np.float64(one), np.float64(other)
-    allowed = 2 * error(other, expected) + 4 * EPS[dtype] + rounding
-    assert error(one, expected) <= allowed, name
-
-  (out, after), d = got
-  (other_out, other_after), other_d = simplest
-  assert out.dtype == dtype and after.dtype == jnp.float32
-  close("out", out[real], other_out[real], truth[0][real])
-  close("final state", after, other_after, truth[1])
-  # That of a decay is a sum of terms of either sign, of which a chunk's are added one by one.
-  terms = [np.float64(a) * b for a, b in zip(cotangents, truth, strict=True)]
-  rounding = CHUNK**0.5 * EPS["float32"] * np.sqrt(sum((a**2).sum() for a in terms))
-  for name, one, other, expected in zip(NAMES, d, other_d, gradients, strict=True):
-    extra = rounding / np.linalg.norm(expected) if name == "log_decay" else 0.0
-    close(name, one, other, expected, extra)
+kernel = functools.partial(as_called, tpu.chunkwise)
 
 
 @pytest.mark.parametrize("dtype", EPS)
@@ -98,7 +26,7 @@ def test_packed_and_padded_rows_equal_the_oracle(dtype, decay, seed, starts, hol
   t = 200  # no multiple of a chunk
   rng = np.random.default_rng(seed)
   reset, mask = rng.random((B, t)) < starts, rng.random((B, t)) >= holes
-  compare(numbers(seed, t, decay, 2, 1, 128, 128, dtype), reset, mask)
+  compare(kernel, numbers(seed, t, decay, 2, 1, 128, 128, dtype), reset, mask)
 
 
 @pytest.mark.parametrize(
@@ -111,7 +39,7 @@ def test_packed_and_padded_rows_equal_the_oracle(dtype, decay, seed, starts, hol
   ],
 )
 def test_sizes_equal_the_oracle(t, h, g, k, v, decay):
-  compare(numbers(0, t, decay, h, g, k, v), None, None)
+  compare(kernel, numbers(0, t, decay, h, g, k, v), None, None)
 
 
 def test_no_memory_is_read_before_it_is_written():
@@ -119,8 +47,8 @@ def test_no_memory_is_read_before_it_is_written():
   params = pltpu.InterpretParams(uninitialized_memory="nan", out_of_bounds_reads="raise")
   reset = np.zeros((B, 256), bool)
   reset[0, 7] = reset[1, 130] = True
-  compare(numbers(0, 256, "[h]", 1, 1, 128, 128), reset, None, interpret=params)
-  compare(numbers(0, 256, "[h]", 1, 1, 128, 128), None, None, interpret=params)
+  compare(kernel, numbers(0, 256, "[h]", 1, 1, 128, 128), reset, None, interpret=params)
+  compare(kernel, numbers(0, 256, "[h]", 1, 1, 128, 128), None, None, interpret=params)
 
 
 def test_a_reset_forgets_a_state_that_is_not_finite():

@@ -54,8 +54,9 @@ def retention(
     chunk_size: tokens in a chunk of the chunkwise form of `"xla"`; the rest ignore it.
     implementation: `"xla"`, every form of any arrays; `"tpu"`, a kernel for the chunkwise form of
       128 or more tokens in bfloat16 or float32 and sizes from 64 to 512; `"gpu"`, one for bfloat16
-      on Hopper GPUs, not yet run on one and so only by name; or several, of which the first is
-      taken that fits. `None`: on a TPU its kernel, where it fits.
+      on Hopper GPUs and for float32 on those of Pallas-Triton, not yet run on any and so only by
+      name; or several, of which the first is taken that fits. `None`: on a TPU its kernel, where
+      it fits.
     sequence_axis: within `jax.shard_map`, the axis of the mesh that divides the tokens: arrays are
       this shard's, `state` comes before the first shard and the final state after the last. Every
       shard gets both whole. Kernels need `check_vma=False` there.

@@ -1,4 +1,4 @@
-"""Chunkwise retention on Hopper GPUs: the forward pass and each gradient are sweeps of one kernel.
+"""Chunkwise retention on GPUs: the forward pass and each gradient are sweeps of one kernel.
 
 With `dS` the gradient of the state that leaves a chunk and weights as in `.gpu_sweep`,
 
@@ -27,8 +27,8 @@ SIZES = (64, 128, 256, 512)  # of a head's keys and values; others are filled up
 def unsupported_reason(q, k, v, state) -> str | None:
   """Why these arrays cannot go through the kernel, or `None`."""
   dtypes = {str(a.dtype) for a in (q, k, v)}
-  if dtypes != {"bfloat16"}:
-    return f"q, k and v are {', '.join(sorted(dtypes))}, expected all bfloat16"
+  if dtypes not in ({"bfloat16"}, {"float32"}):
+    return f"q, k and v are {', '.join(sorted(dtypes))}, expected all bfloat16 or all float32"
   if state is not None and state.dtype == jnp.float64:
     return "the state is float64, expected float32"
   if max(q.shape[-1], v.shape[-1]) > SIZES[-1]:

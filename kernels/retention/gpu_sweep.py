@@ -1,4 +1,4 @@
-"""Retention on Hopper GPUs: one Mosaic GPU kernel that sweeps over a sequence, chunk by chunk.
+"""Retention on GPUs: one kernel that sweeps over a sequence, chunk by chunk.
 
 With weights as in `..runs` (chunk-local `A_i`, document `s_i`), a sweep computes
 
@@ -6,7 +6,7 @@ With weights as in `..runs` (chunk-local `A_i`, document `s_i`), a sweep compute
 
 forward in time, `W_ij = exp(A_i - A_j)` for `j <= i`, or backward, with `W` transposed and `read`
 and `add` exchanged. The forward pass of retention is a sweep forward, and each gradient is a sweep
-too (see `.gpu`).
+too (see `.gpu`). This one is of Mosaic GPU, in bfloat16; for float32 there is `.gpu_triton`.
 
 A thread block owns a row, a head and a tile of columns of `v`, and S never leaves it: *keepers*
 (warpgroups) hold it in float32 registers and hand a bfloat16 copy through shared memory to the
@@ -23,7 +23,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ..runs import states_before
-from . import gpu_kernel
+from . import gpu_kernel, gpu_triton
 from .gpu_plan import CHUNK, MULTIPROCESSORS, make_plan
 
 LOG2E = math.log2(math.e)
@@ -107,6 +107,9 @@ def _kept(rate, exponent, segment, t):
 
 def _sweep(plan, q, k, v, rate, exponent, segment, state, out_dtype, *, reverse, interpret):
   """One launch. Without `out_dtype`, only the state after the sweep."""
+  if v.dtype == jnp.float32:  # `wgmma` would round it
+    arrays = (q, k, v, rate, exponent, segment, state)
+    return gpu_triton.launch(*arrays, out_dtype, reverse=reverse, interpret=interpret)
   (b, t), h, v_size = q.shape[:2], state.shape[1], v.shape[-1]
   inputs = {"k": k, "v": v, "rate": rate * jnp.float32(LOG2E), "state": state}
   outputs = {"final": jax.ShapeDtypeStruct(state.shape, jnp.float32)}

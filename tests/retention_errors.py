@@ -1,0 +1,107 @@
+"""Interpreted kernels of retention, held to float64 and to the error of the simplest form."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from laws_errors import error
+
+from triform import kernels
+from triform.kernels.retention import reference
+
+B, CHUNK = 2, 128
+EPS = {dtype: float(jnp.finfo(dtype).eps) for dtype in ("bfloat16", "float32")}
+NAMES = ("q", "k", "v", "log_decay", "state")
+
+
+def numbers(seed, t, decay, h, g, k, v, dtype="float32"):
+  """q, k, v, log_decay and state, of which the first three are exact in `dtype`."""
+  rng = np.random.default_rng(seed)
+  shapes = [(B, t, h, k), (B, t, g, k), (B, t, g, v)]
+  arrays = [jnp.asarray(rng.normal(size=shape) / 4, dtype) for shape in shapes]
+  decays = -0.1 * np.abs(rng.normal(size=(h,) if decay == "[h]" else (B, t, h)))
+  return (*arrays, np.float32(decays), np.float32(rng.normal(size=(B, h, k, v))))
+
+
+def as_called(chunkwise, arrays, reset, mask, interpret=True):
+  """A kernel's `chunkwise` as the public function calls it, but interpreted."""
+  *heads, log_decay, state = arrays
+  if mask is not None:
+    heads = [jnp.where(mask[..., None, None], a, 0) for a in heads]
+    log_decay = log_decay if log_decay.ndim == 1 else jnp.where(mask[..., None], log_decay, 0)
+  return chunkwise(*heads, log_decay, state, reset, mask, interpret=interpret)
+
+
+def plain(arrays, reset, mask):
+  """The simplest form of XLA."""
+  *arrays, state = arrays
+  return kernels.retention(*arrays, state=state, reset=reset, mask=mask, form="recurrent")
+
+
+@functools.partial(jax.jit, static_argnames=("f", "interpret"))
+def with_gradients(f, arrays, cotangents, reset, mask, **interpret):
+  results, backward = jax.vjp(lambda arrays: f(arrays, reset, mask, **interpret), arrays)
+  return results, backward(cotangents)[0]
+
+
+def wide(arrays):
+  return tuple(np.asarray(a, np.float64) for a in arrays)
+
+
+def compare(kernel, arrays, reset, mask, *, by_differences=False, **interpret):
+  """Results and every gradient within twice the error of the simplest form, and four roundings.
+
+  `by_differences`: the gradient of decays is a sum of `q . dq - k . dk` over all later tokens.
+  """
+  dtype = str(arrays[0].dtype)
+  rng = np.random.default_rng(1)
+  real = np.ones(arrays[0].shape[:2], bool) if mask is None else mask
+  o, state = (
+    jax.ShapeDtypeStruct(a.shape, a.dtype) for a in jax.eval_shape(plain, arrays, reset, mask)
+  )
+  cotangents = (
+    jnp.asarray(rng.normal(size=o.shape) * real[..., None, None], o.dtype),
+    jnp.asarray(rng.normal(size=state.shape), state.dtype),
+  )
+  got = with_gradients(kernel, arrays, cotangents, reset, mask, **interpret)
+  simplest = with_gradients(plain, arrays, cotangents, reset, mask)
+  with jax.enable_x64():
+    _, gradients = with_gradients(plain, wide(arrays), wide(cotangents), reset, mask)
+  *heads, before = arrays
+  truth = reference.retention(*wide(heads), state=before, reset=reset, mask=mask)
+
+  def close(name, one, other, expected, rounding=0.0):
+    one, other = np.float64(one), np.float64(other)
+    allowed = 2 * error(other, expected) + 4 * EPS[dtype] + rounding
+    assert error(one, expected) <= allowed, name
+
+  (out, after), d = got
+  (other_out, other_after), other_d = simplest
+  assert out.dtype == dtype and after.dtype == jnp.float32
+  close("out", out[real], other_out[real], truth[0][real])
+  close("final state", after, other_after, truth[1])
+  # That of a decay is a sum of terms of either sign, of which a chunk's are added one by one.
+  terms = [np.float64(a) * b for a, b in zip(cotangents, truth, strict=True)]
+  rounding = CHUNK**0.5 * EPS["float32"] * np.sqrt(sum((a**2).sum() for a in terms))
+  if by_differences:
+    rounding += 4 * EPS[dtype] * differences(arrays, gradients, terms[1])
+  for name, one, other, expected in zip(NAMES, d, other_d, gradients, strict=True):
+    extra = rounding / np.linalg.norm(expected) if name == "log_decay" else 0.0
+    close(name, one, other, expected, extra)
+
+
+def differences(arrays, gradients, crossing):
+  """The root of the squared terms that are added for the gradient of decays by differences.
+
+  A token's `q . dq` and `k . dk` are in the gradients of the decays of all tokens up to it (which
+  for a decay per head are added, errors and all), `<dS, S>` at the end in those of all tokens.
+  """
+  products = [
+    (np.float64(a) * np.float64(d)).sum(-1) for a, d in zip(arrays[:2], gradients[:2], strict=True)
+  ]
+  t = products[0].shape[1]
+  power = 2 if arrays[3].ndim == 1 else 1
+  weights = (np.arange(t) + 1.0)[:, None] ** power
+  squares = sum((weights * product**2).sum() for product in products)
+  return float(np.sqrt(squares + t**power * (crossing.sum(axis=(2, 3)) ** 2).sum()))
