@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
+from laws_errors import equations
 
 from triform.kernels.retention import gpu, gpu_plan, gpu_sweep, specs, tpu, tuned
 
@@ -65,20 +66,9 @@ def grids(t=256, size=128, gradient=False, dtype=jnp.float32, **options):
   def loss(*heads):
     return sum(jnp.sum(a.astype(jnp.float32)) for a in results(*heads))
 
-  jaxpr = jax.make_jaxpr(jax.grad(loss) if gradient else results)(*heads).jaxpr
-  return sorted(
-    (equation.params["name"], equation.params["grid_mapping"].grid)
-    for equation in _equations(jaxpr)
-    if equation.primitive.name == "pallas_call"
-  )
-
-
-def _equations(jaxpr):
-  for equation in jaxpr.eqns:
-    yield equation
-    for inner in jax.tree.leaves(equation.params, is_leaf=lambda p: hasattr(p, "eqns")):
-      if hasattr(getattr(inner, "jaxpr", inner), "eqns"):
-        yield from _equations(getattr(inner, "jaxpr", inner))
+  found = equations(jax.grad(loss) if gradient else results, *heads)
+  kernels = [e.params for e in found if e.primitive.name == "pallas_call"]
+  return sorted((kernel["name"], kernel["grid_mapping"].grid) for kernel in kernels)
 
 
 def test_the_winner_is_written_and_the_kernel_uses_it(table):
