@@ -23,7 +23,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 gc.set_threshold(100_000, 50, 100)  # tracing makes millions of objects, few of them garbage
 
 DRAWN = r"(-parallel|-chunkwise|-recurrent|-\(\d+, \d+\))?(-b?float\d+)?"
-LAW = re.compile(rf"test_laws.py::.*\[(.*?){DRAWN}\]$")
+LAW = re.compile(rf"test_laws(?:_kernels)?.py::.*\[(.*?){DRAWN}\]$")
 SHARES_A_FIXTURE = re.compile(
   r"(test_sharding|test_export|test_programs|test_streaming|test_data_speech)\.py::"
 )

@@ -12,6 +12,9 @@ ATTENTION_KERNELS = "tests/test_kernels_attention.py"
 ATTENTION_MIXERS = "tests/test_mixers_attention.py"
 HYPERMIXING, HYPERMIXER = "kernels/hypermixing/xla.py", "arch/mixers/hypermixing.py"
 LMU, LMU_KERNELS = "kernels/lmu/xla.py", "tests/test_kernels_lmu.py"
+TPU, TPU_KERNELS = "kernels/retention/tpu.py", "kernels/retention/tpu_kernels.py"
+TPU_TESTS, KERNEL_LAWS = "tests/test_kernels_retention_tpu.py", "tests/test_laws_kernels.py"
+CHUNKS = "kernels/retention/chunks.py"
 AUDIO, AUDIO_TESTS = "arch/layers/audio.py", "tests/test_layers_audio.py"
 
 
@@ -625,5 +628,95 @@ FAULTS = [
     "* 10 ** (snr / 20)",
     "tests/test_training_augmentation.py",
     "as_loud",
+  ),
+  Fault(
+    "a block begins with the first one's state",
+    "kernels",
+    TPU_KERNELS,
+    "    block.fill()\n    state[...] = before[0, 0]",
+    "    block.fill()\n\n  state[...] = before[0, 0]",
+    KERNEL_LAWS,
+    "law_2 and kernel-fixed-float32",
+  ),
+  Fault(
+    "a block ends with the last one's gradient",
+    "kernels",
+    TPU_KERNELS,
+    "  chunks = list(enumerate(_chunks(q)))",
+    "  d_state[...] = d_after[0, 0]\n  chunks = list(enumerate(_chunks(q)))",
+    KERNEL_LAWS,
+    "law_1_forms_agree and kernel-fixed-float32",
+  ),
+  Fault(
+    "states found anew do not decay",
+    "kernels",
+    TPU_KERNELS,
+    "before = block.scale_state(weights.kept, state[:, columns])",
+    "before = state[:, columns]",
+    KERNEL_LAWS,
+    "law_1_forms_agree and kernel-fixed-float32",
+  ),
+  Fault(
+    "a chunk's reset leaves the state to the next",
+    "kernels",
+    TPU_KERNELS,
+    "kept = jnp.where(ended == 0, kept, -jnp.inf)",
+    "pass",
+    KERNEL_LAWS,
+    "law_4 and kernel-fixed-float32",
+  ),
+  Fault(
+    "documents are counted over chunks",
+    "kernels",
+    CHUNKS,
+    "segment = _running_sums(c, (",
+    "segment = _running_sums(reset.shape[1], (",
+    KERNEL_LAWS,
+    "law_4 and kernel-fixed-float32",
+  ),
+  Fault(
+    "padding decays the state of a kernel",
+    "kernels",
+    CHUNKS,
+    "exponent = _running_sums(c, mask[..., None])",
+    "exponent = _running_sums(c, jnp.ones_like(mask)[..., None])",
+    KERNEL_LAWS,
+    "law_1_forms_agree and kernel-fixed-float32",
+  ),
+  Fault(
+    "of heads that share keys one has a gradient",
+    "kernels",
+    TPU,
+    "      .sum(axis=3)\n      .reshape(a.shape)",
+    "      [:, :, :, 0]\n      .reshape(a.shape)",
+    KERNEL_LAWS,
+    "law_1_forms_agree and kernel-gated-float32",
+  ),
+  Fault(
+    "a kernel is chosen that does not fit",
+    "kernels",
+    "kernels/implementations.py",
+    "for name in automatic if reasons[name]() is None}",
+    "for name in automatic}",
+    TPU_TESTS,
+    "which_implementation",
+  ),
+  Fault(
+    "rows are divided by one axis after another",
+    "kernels",
+    "kernels/sharding.py",
+    "      rows //= size\n",
+    "",
+    "tests/test_kernels_sharding.py",
+    "divides_rows",
+  ),
+  Fault(
+    "an entry of another device is taken",
+    "kernels",
+    "kernels/retention/tuned.py",
+    'if e["device"] == device and e["key"] == key',
+    'if e["key"] == key',
+    "tests/test_tuning.py",
+    "other_devices",
   ),
 ]

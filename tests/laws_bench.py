@@ -46,6 +46,7 @@ class Subject:
     spikes: its outputs jump where rounding moves a potential over its threshold, so that in narrow
       dtypes only the laws hold that are about the same bits.
     slow: its tests are marked so: another subject stands for its architecture in the quick suite.
+    kernel: its chunkwise form is a kernel's, which has laws of its own (`test_laws_kernels.py`).
     oracle: `oracle(variables, x, state, reset, mask) -> (y, state)` in float64 NumPy, if there is
       one; `variables` is a pure dictionary.
   """
@@ -58,6 +59,7 @@ class Subject:
   causal: bool = True
   spikes: bool = False
   slow: bool = False
+  kernel: bool = False
   oracle: Callable | None = None
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import chex
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 from laws_bench import Outcome, floats, widen
@@ -66,15 +67,15 @@ def assert_same_counters(state: Any, expected: Any) -> None:
   chex.assert_trees_all_equal(counters(state), counters(expected))
 
 
-def intermediates(f: Callable, *args: Any) -> list[jax.core.ShapedArray]:
-  """Every value that a traced function computes, loop bodies included."""
+def equations(f: Callable, *args: Any) -> list[jax.extend.core.JaxprEqn]:
+  """Every equation of a traced function, those of loops and kernels included."""
 
   def is_jaxpr(parameter):
     return hasattr(parameter, "eqns")
 
   def walk(jaxpr):
     for equation in jaxpr.eqns:
-      yield from (v.aval for v in equation.outvars)
+      yield equation
       for inner in jax.tree.leaves(equation.params, is_leaf=is_jaxpr):
         if is_jaxpr(inner):
           yield from walk(inner)
@@ -83,4 +84,5 @@ def intermediates(f: Callable, *args: Any) -> list[jax.core.ShapedArray]:
 
 
 def largest(f: Callable, *args: Any) -> int:
-  return max(a.size for a in intermediates(f, *args))
+  """Numbers in the largest value that a traced function computes."""
+  return max(v.aval.size for equation in equations(f, *args) for v in equation.outvars)

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from laws_bench import SUBJECTS, distinct_ids, register, vectors
+from laws_kernels import ByKernel
 from toy import ToyBlock
 
 from triform.arch import (
@@ -202,6 +203,10 @@ def bidirectional(name, make, inputs, **options):
   register(name, lambda **o: Bidirectional(make(**o)), inputs, causal=False, **options)
 
 
+def by_kernel(make):
+  return lambda **dtypes: ByKernel(make(**dtypes), dtypes["dtype"])
+
+
 def register_architecture(name, variant="", *, slow=False, **options):
   """A language model that `models.registry` knows, as it is small; `options` make a variant."""
   architecture = ARCHITECTURES[name]
@@ -289,4 +294,20 @@ register_architecture(
   num_layers=3,
   scan_layers=True,
   slow=True,
+)
+for decay, options in (("fixed", {}), ("gated", {"num_kv_heads": 1})):
+  register(
+    f"kernel-{decay}",
+    by_kernel(retention(key_dim=128, value_dim=128, decay=decay, **options)),
+    vectors(D),
+    kernel=True,
+  )
+small = {**ARCHITECTURES["retnet"].small, "key_dim": 128, "value_dim": 128, "scan_layers": True}
+register(
+  "kernel-retnet",
+  by_kernel(functools.partial(ARCHITECTURES["retnet"].model, **small)),
+  distinct_ids(small["vocab_size"]),
+  table=lambda parameters: parameters["module"]["embedding"]["embedding"],
+  slow=True,
+  kernel=True,
 )

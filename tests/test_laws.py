@@ -23,6 +23,7 @@ FAR = st.sampled_from([1_000_000, 2**31 - 3, 2**32 - LENGTH - 1])
 PARAMETERS = [
   pytest.param(subject.name, marks=[pytest.mark.slow] if subject.slow else [])
   for subject in SUBJECTS.values()
+  if not subject.kernel
 ]
 
 

@@ -24,7 +24,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ..runs import states_before
 from . import gpu_kernel, gpu_triton
-from .gpu_plan import CHUNK, MULTIPROCESSORS, make_plan
+from .gpu_plan import CHUNK, MULTIPROCESSORS, check_pieces, make_plan, measured
 
 LOG2E = math.log2(math.e)
 UNROLL = 8  # pieces that are joined in one launch: a loop has three for each
@@ -42,11 +42,14 @@ def sweep(
   reverse: bool = False,
   out_dtype=None,
   interpret=None,
+  tile: int | None = None,
+  pieces: int | None = None,
 ) -> tuple[jax.Array, jax.Array]:  # [b, t, h, v], f32[b, h, k, v]
   """The sweep of this module, backward in time if `reverse`.
 
   Where rows and heads do not fill the chip, a sequence is cut into pieces: one sweep finds what
   each adds to the state, hence the states that enter them, and another does all pieces at once.
+  `tile` columns of v and `pieces` are what was measured (see `.tuned`), else a heuristic's.
   """
   (b, t), (h, k_size, v_size) = q.shape[:2], state.shape[1:]
   out_dtype = jnp.dtype(out_dtype or v.dtype)
@@ -54,9 +57,13 @@ def sweep(
   if exponent is not None and exponent.ndim == 3:
     rate = jnp.ones_like(rate)
   options = {"reverse": reverse, "interpret": interpret}
-  pieces = _pieces(b * h * v_size // 64, t // CHUNK)
+  if tile is None and pieces is None:
+    choice = measured(b * h, t, k_size, v_size, out_dtype, reverse)
+    tile, pieces = choice.get("tile"), choice.get("pieces")
+  pieces = _pieces(b * h * v_size // 64, t // CHUNK) if pieces is None else pieces
+  check_pieces(pieces, t)
   if pieces == 1:
-    plan = make_plan(b * h, k_size, v_size, out_dtype.itemsize)
+    plan = make_plan(b * h, k_size, v_size, out_dtype.itemsize, tile)
     return _sweep(plan, q, k, v, rate, exponent, segment, state, out_dtype, **options)
 
   def cut(a):  # in rows
@@ -79,7 +86,7 @@ def sweep(
   kept = by_piece(kept)[..., None, None]
   final, entering = states_before(state, kept, by_piece(added), reverse=reverse, unroll=UNROLL)
   entering = entering.swapaxes(0, 1).reshape(zeros.shape)
-  plan = make_plan(b * pieces * h, k_size, v_size, out_dtype.itemsize)
+  plan = make_plan(b * pieces * h, k_size, v_size, out_dtype.itemsize, tile)
   out, _ = _sweep(plan, *arrays, entering, out_dtype, **options)
   return out.reshape(b, t, h, v_size), final
 

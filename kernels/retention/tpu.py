@@ -5,7 +5,6 @@ state stays on chip from block to block.
 """
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -13,13 +12,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from ..runs import untouched_if_masked
-from . import tpu_kernels
+from . import tpu_kernels, tpu_plan
 from .chunks import in_chunks, primals, written_out
 from .tpu_kernels import CHUNK, Block, Weights
 
-BLOCK = 4  # chunks at most: enough for their latencies to hide behind each other
 SIZES = 64, 512  # of keys and values: smaller ones are mostly filled up, larger states do not fit
-VMEM = 64 * 2**20  # bytes of a core's memory, at most
 
 
 def unsupported_reason(q, k, v, state) -> str | None:
@@ -38,8 +35,8 @@ def unsupported_reason(q, k, v, state) -> str | None:
   return None
 
 
-def chunkwise(q, k, v, log_decay, state, reset, mask, *, interpret=False):
-  """As in `.xla`, in chunks of 128."""
+def chunkwise(q, k, v, log_decay, state, reset, mask, *, interpret=False, chunks=None):
+  """As in `.xla`, in chunks of 128. A grid step takes `chunks` of them, or what the plan says."""
   t, key_size, value_size = q.shape[1], q.shape[-1], v.shape[-1]
   q, k, v, rate, exponent, segment, state, mask = in_chunks(
     CHUNK, q, k, v, log_decay, state, reset, mask
@@ -47,7 +44,7 @@ def chunkwise(q, k, v, log_decay, state, reset, mask, *, interpret=False):
   exponent, segment = _row(exponent), _row(segment)
   before = jnp.pad(state, [(0, 0), (0, 0), (0, -key_size % CHUNK), (0, -value_size % CHUNK)])
   heads = _beside(q), _beside(k), _beside(v)
-  o, after = _chunkwise(*heads, rate, exponent, segment, before, interpret)
+  o, after = _chunkwise(*heads, rate, exponent, segment, before, interpret, chunks)
   o = o.reshape(*q.shape[:3], -1)[:, :t, :, :value_size]
   after = after[:, :, :key_size, :value_size]
   return o, untouched_if_masked(after, state, mask)
@@ -64,24 +61,27 @@ def _beside(a):
   return a.reshape(*a.shape[:2], -1)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(7,))
-def _chunkwise(q, k, v, rate, exponent, segment, state, interpret):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(7, 8))
+def _chunkwise(q, k, v, rate, exponent, segment, state, interpret, chunks):
   """Of q, k and v `[b, n c, heads size]`, exponent and segment `[b, 1 or h, 1, n c]`.
 
   Either the rate is there, `[h]`, or every head has exponents of its own.
   """
-  o, after, _ = _forward(q, k, v, rate, exponent, segment, state, interpret, save=False)
+  o, after, _ = _forward(q, k, v, rate, exponent, segment, state, interpret, chunks, save=False)
   return o, after
 
 
 def _chunkwise_forward(*args):
   arrays, wanted = primals(*args[:7])
-  o, after, starts = _forward(*arrays, args[7], save=True)
+  o, after, starts = _forward(*arrays, *args[7:], save=True)
   return (o, after), (*arrays[:6], starts, wanted)
 
 
-def _forward(q, k, v, rate, exponent, segment, state, interpret, *, save):
-  at = _Placement(q, k, state.shape)
+def _forward(q, k, v, rate, exponent, segment, state, interpret, chunks, *, save):
+  n, packed = q.shape[1] // CHUNK, exponent is not None or segment is not None
+  of = "backward" if save else "forward"
+  key = tpu_plan.make_key(of, q.dtype, packed, *state.shape[2:], n)
+  at = _Placement(q, k, state.shape, tpu_plan.choose(chunks, n, key))
   starts = jax.ShapeDtypeStruct((*at.grid, *at.matrix), q.dtype)
   o = jax.ShapeDtypeStruct((at.b, at.t, at.h * at.matrix[1]), v.dtype)
   return at.call(
@@ -95,10 +95,11 @@ def _forward(q, k, v, rate, exponent, segment, state, interpret, *, save):
   )
 
 
-def _chunkwise_backward(interpret, residuals, cotangents):
+def _chunkwise_backward(interpret, _, residuals, cotangents):
   q, k, v, rate, exponent, segment, starts, wanted = residuals
   d_o, d_after = written_out(cotangents)
-  at = _Placement(q, k, d_after.shape, reverse=True)
+  chunks = q.shape[1] // (starts.shape[2] * CHUNK)
+  at = _Placement(q, k, d_after.shape, chunks, reverse=True)
   of_rate = of_exponent = None
   if wanted.decays and rate is None:
     of_exponent = (exponent, at.row)
@@ -138,11 +139,14 @@ _chunkwise.defvjp(_chunkwise_forward, _chunkwise_backward, symbolic_zeros=True)
 class _Placement:
   """The grid, a step of which takes `chunks` chunks of a head, and its blocks of arrays."""
 
-  def __init__(self, q, k, state_shape, *, reverse=False):
+  def __init__(self, q, k, state_shape, chunks, *, reverse=False):
     self.b, self.h, *self.matrix = state_shape
     self.t = q.shape[1]
-    self.chunks = math.gcd(self.t // CHUNK, BLOCK)
-    steps = self.t // (self.chunks * CHUNK)
+    if any(size % CHUNK for size in (self.t, *self.matrix)):
+      sizes = "{} tokens, keys of {} and values of {}".format(self.t, *self.matrix)
+      raise ValueError(f"{sizes}: expected multiples of {CHUNK}, the lanes of a register")
+    self.chunks = chunks
+    steps = self.t // (chunks * CHUNK)
     self.grid = (self.b, self.h, steps)
     self._per_kv_head = self.h * self.matrix[0] // k.shape[2]
     self._step = (lambda n: steps - 1 - n) if reverse else lambda n: n
@@ -206,6 +210,12 @@ class _Placement:
       bytes_accessed=sum(a.size * a.dtype.itemsize for a in jax.tree.leaves((arrays, shapes))),
     )
     weights = Weights((CHUNK, CHUNK), (CHUNK, CHUNK), (CHUNK, CHUNK), (1, CHUNK))
+    scratch = [(shape, jnp.dtype(dtype)) for shape, dtype in scratch]
+    placed = [(a, self.row) for a in rows if a is not None] + inputs
+    placed += [output for output in outputs if output is not None]
+    blocks = [(place(a).block_shape, a.dtype) for a, place in placed]
+    scratches = [*scratch, *((shape, jnp.dtype(jnp.float32)) for shape in weights)]
+    tpu_plan.check_memory(self.chunks, blocks, scratches)
     return pl.pallas_call(
       functools.partial(_kernel, body),
       grid=self.grid,
@@ -221,7 +231,7 @@ class _Placement:
         [pltpu.VMEM(shape, dtype) for shape, dtype in scratch],
       ],
       compiler_params=pltpu.CompilerParams(
-        dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM
+        dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=tpu_plan.VMEM
       ),
       cost_estimate=cost,
       name=f"retention_{body.__name__}",
