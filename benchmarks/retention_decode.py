@@ -44,7 +44,6 @@ import jax
 import jax.numpy as jnp
 import measure
 import numpy as np
-import retention_replay
 from flax import nnx
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -82,7 +81,7 @@ def old_state(q, k, v, log_decay, state):
 
 
 def replay(n, q, k, v, log_decay, state, *, write):
-  return retention_replay.step(n, q, k, v, log_decay, state, write=write)
+  return kernels.retention_step(n, q, k, v, log_decay, state, write=write)
 
 
 def arguments(shape: Shape, window: int | None = None):
@@ -94,7 +93,7 @@ def arguments(shape: Shape, window: int | None = None):
   state = jnp.asarray(rng.normal(size=(b, h, k, v)), jnp.float32)
   if window is None:
     return *heads, log_decay, state
-  return np.int32(0), *heads, log_decay, retention_replay.start(state, window, h, jnp.bfloat16)
+  return np.int32(0), *heads, log_decay, kernels.new_replay(state, window, h, jnp.bfloat16)
 
 
 def compiled(target: str, f, shape: Shape, window: int | None = None):

@@ -12,7 +12,7 @@ from .implementations import IMPLEMENTATIONS, Implementation
 from .lif import SURROGATES, lif
 from .lmu import lmu
 from .positions import decayed_count, token_positions
-from .retention import head_norm, retention
+from .retention import RetentionReplay, head_norm, new_replay, retention, retention_step
 from .rotary import rotary_phase, rotary_steps, rotate
 from .sinusoid import sinusoid
 
@@ -23,6 +23,7 @@ __all__ = [
   "Form",
   "Implementation",
   "KVCache",
+  "RetentionReplay",
   "activate",
   "attention",
   "causal_depthwise_conv",
@@ -33,8 +34,10 @@ __all__ = [
   "lif",
   "lmu",
   "new_cache",
+  "new_replay",
   "relative_buckets",
   "retention",
+  "retention_step",
   "rotary_phase",
   "rotary_steps",
   "rotate",

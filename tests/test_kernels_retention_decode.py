@@ -84,18 +84,16 @@ def test_a_reset_forgets_and_padding_keeps_whatever_the_state_holds(decay):
 
 def replayed(window, arrays, reset, mask):
   """Outputs, and the state after every whole window."""
-  from retention_replay import start, step
-
   *heads, log_decay, state = arrays
-  one = jax.jit(step, static_argnames="write")
-  replay = start(jnp.asarray(state), window, G, heads[1].dtype)
+  one = jax.jit(kernels.retention_step, static_argnames="write")
+  replay = kernels.new_replay(jnp.asarray(state), window, G, heads[1].dtype)
   outputs, states = [], []
   for token in range(heads[0].shape[1]):
     at = slice(token, token + 1)
     n = token % window
     own = log_decay if log_decay.ndim == 1 else log_decay[:, at]
-    flags = (None if a is None else a[:, at] for a in (reset, mask))
-    out, replay = one(n, *(a[:, at] for a in heads), own, replay, *flags, write=n == window - 1)
+    flags = {"reset": reset[:, at], "mask": mask[:, at], "write": n == window - 1}
+    out, replay = one(n, *(a[:, at] for a in heads), own, replay, **flags)
     outputs.append(out)
     if n == window - 1:
       states.append(replay.state)
@@ -105,7 +103,7 @@ def replayed(window, arrays, reset, mask):
 @every_decay
 @pytest.mark.parametrize("window", [1, 3])
 @given(st.integers(0, 999), resets(B, 7), masks(B, 7))
-def test_replay_equals_the_oracle(benchmarks, decay, window, seed, reset, mask):
+def test_replay_equals_the_oracle(decay, window, seed, reset, mask):
   arrays = numbers(seed, 7, decay)
   with jax.enable_x64():
     got, states = replayed(window, arrays, reset, mask)
@@ -120,7 +118,7 @@ def test_replay_equals_the_oracle(benchmarks, decay, window, seed, reset, mask):
     assert error(got[:, past][mask[:, past]], out[mask[:, past]]) <= EXACT
 
 
-def test_replay_forgets_and_keeps_as_the_step_does(benchmarks):
+def test_replay_forgets_and_keeps_as_the_step_does():
   arrays = [np.float32(a) for a in numbers(0, 8, "[h]")]
   state = arrays[4]
   state[0] = arrays[1][1, 1] = arrays[2][1, 2] = np.nan  # a state, a key and a value
@@ -132,6 +130,25 @@ def test_replay_forgets_and_keeps_as_the_step_does(benchmarks):
   assert np.isfinite(out[0, 1:]).all() and np.isfinite(out[1, 3:]).all()
   assert np.isfinite(after[:2]).all()
   np.testing.assert_array_equal(bits(after[2]), bits(state[2]))
+
+
+@pytest.mark.parametrize(
+  ("changed", "told"),
+  [
+    ({"k": (B, 1, G + 1, K)}, r"k has shape .*expected \[3, 1, .* for a state"),
+    ({"q": (B, 2, H, K)}, "q has shape"),
+    ({"log_decay": (H + 1,)}, "log_decay has shape"),
+  ],
+)
+def test_replay_names_what_does_not_fit(changed, told):
+  *heads, log_decay, state = numbers(0, 1, "[h]")
+  arrays = dict(zip("qkv", heads, strict=True)) | {"log_decay": log_decay}
+  arrays |= {name: np.zeros(shape) for name, shape in changed.items()}
+  replay = kernels.new_replay(state, 2, G, "float32")
+  with pytest.raises(ValueError, match=told):
+    kernels.retention_step(0, *arrays.values(), replay, write=False)
+  with pytest.raises(ValueError, match="window is 0, expected at least 1"):
+    kernels.new_replay(state, 0, G, "float32")
 
 
 def test_bytes_are_counted_as_a_device_moves_them(benchmarks):

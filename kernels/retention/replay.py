@@ -1,4 +1,4 @@
-"""Retention one token at a time, its state written once in `W` tokens: a prototype.
+"""Retention one token at a time, its state written once in `W` tokens.
 
 The state `S` of `n` tokens ago is kept, and the tokens since as they came. With `A` the running sum
 of log decays since, an output reads both,
@@ -14,21 +14,29 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from triform.kernels.runs import weigh
+from ..checks import check_heads, check_shapes
+from ..runs import weigh
 
 
-class Replay(NamedTuple):
+class RetentionReplay(NamedTuple):
+  """A state and the tokens since: `state` is that of now where none are."""
+
   state: jax.Array  # [b, h, k, v]
   keys: jax.Array  # [b, W, g, k]
   values: jax.Array  # [b, W, g, v]
-  sums: jax.Array  # [b, 1 + W, h], A_j of the state and the tokens since; inf: forgotten
-  sum: jax.Array  # [b, h], A
+  sums: jax.Array  # float32[b, 1 + W, h], A_j of the state and the tokens since; inf: forgotten
+  sum: jax.Array  # float32[b, h], A
 
 
-def start(state: jax.Array, window: int, g: int, dtype) -> Replay:
+def new_replay(state: jax.Array, window: int, num_kv_heads: int, dtype) -> RetentionReplay:
+  """After `state` `[b, h, k, v]`, room for `window` keys and values of `dtype`."""
+  if window < 1:
+    raise ValueError(f"window is {window}, expected at least 1")
   b, h, k, v = state.shape
-  keys, values = (jnp.zeros((b, window, g, size), dtype) for size in (k, v))
-  return Replay(state, keys, values, *_nothing_since(b, window, h))
+  if h % num_kv_heads:
+    raise ValueError(f"{h} query heads cannot share {num_kv_heads} key/value heads evenly")
+  keys, values = (jnp.zeros((b, window, num_kv_heads, size), dtype) for size in (k, v))
+  return RetentionReplay(state, keys, values, *_nothing_since(b, window, h))
 
 
 def _nothing_since(b, window, h):
@@ -36,9 +44,43 @@ def _nothing_since(b, window, h):
   return sums, jnp.zeros((b, h))
 
 
-def step(n, q, k, v, log_decay, replay: Replay, reset=None, mask=None, *, write: bool):
-  """Token `n` of `W`, 0 the first; `write` at the last. Arguments as of `kernels.retention`."""
-  h = q.shape[2]
+@jax.named_scope("mixing")
+def retention_step(
+  n: jax.Array | int,  # int[], tokens since the state was written
+  q: jax.Array,  # [b, 1, h, k]
+  k: jax.Array,  # [b, 1, g, k]
+  v: jax.Array,  # [b, 1, g, v]
+  log_decay: jax.Array,  # [h] or [b, 1, h], at most 0
+  replay: RetentionReplay,
+  *,
+  write: bool,
+  reset: jax.Array | None = None,  # bool[b, 1]
+  mask: jax.Array | None = None,  # bool[b, 1]
+) -> tuple[jax.Array, RetentionReplay]:  # [b, 1, h, v]
+  """The next token of `retention`, which writes the state only if asked to.
+
+  Decoding moves the bytes of states; this reads a state where `form="recurrent"` reads and writes
+  it (Sun et al., RetNet, section 2.1, equation 6), for some keys and values more. Call with `n` of
+  0, 1, ... and `write=True` when `n` is the last that there is room for, or before; then begin at 0
+  again. Arguments, resets and padding otherwise as of `retention`.
+
+  Returns:
+    Outputs in the dtype of `v`. `state` is up to date after `write`.
+
+  Raises:
+    ValueError: for shapes that do not fit together.
+  """
+  check_heads(q=q, k=k, v=v)
+  (b, h, k_size, v_size), g = replay.state.shape, replay.keys.shape[2]
+  expected = {
+    "q": (q, {(b, 1, h, k_size)}),
+    "k": (k, {(b, 1, g, k_size)}),
+    "v": (v, {(b, 1, g, v_size)}),
+    "log_decay": (log_decay, {(h,), (b, 1, h)}),
+    "reset": (reset, {(b, 1)}),
+    "mask": (mask, {(b, 1)}),
+  }
+  check_shapes(f"a state {list(replay.state.shape)} and {g} key/value heads", expected)
   state, keys, values, sums, total = replay
   new_total = total + (log_decay[None] if log_decay.ndim == 1 else log_decay[:, 0])
   own = new_total
@@ -61,7 +103,7 @@ def step(n, q, k, v, log_decay, replay: Replay, reset=None, mask=None, *, write:
     read = weigh(kept, jnp.einsum("bhk,bhkv->bhv", q, state))
     scores = weights * jnp.sum(q[:, :, None] * _by_head(known, h), axis=-1)
     o = read + jnp.sum(scores[..., None] * _by_head(shown, h), axis=2)
-    return o[:, None].astype(v.dtype), Replay(state, keys, values, sums, new_total)
+    return o[:, None].astype(v.dtype), RetentionReplay(state, keys, values, sums, new_total)
   new = weigh(kept[..., None], state)
   for j in range(keys.shape[1]):  # not a product of matrices, which would be written, then added
     key = weights[..., j, None] * _of_heads(known[:, j], h)
@@ -71,7 +113,7 @@ def step(n, q, k, v, log_decay, replay: Replay, reset=None, mask=None, *, write:
     new = jnp.where(untouched[:, None, None, None], state, new)
   o = jnp.einsum("bhk,bhkv->bhv", q, new)
   nothing = _nothing_since(len(state), keys.shape[1], h)
-  return o[:, None].astype(v.dtype), Replay(new, keys, values, *nothing)
+  return o[:, None].astype(v.dtype), RetentionReplay(new, keys, values, *nothing)
 
 
 def _by_head(records, h):
