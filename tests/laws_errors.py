@@ -83,6 +83,10 @@ def equations(f: Callable, *args: Any) -> list[jax.extend.core.JaxprEqn]:
   return list(walk(jax.make_jaxpr(f)(*args).jaxpr))
 
 
+def intermediates(f: Callable, *args: Any) -> list[jax.core.ShapedArray]:
+  """Every value that a traced function computes."""
+  return [v.aval for equation in equations(f, *args) for v in equation.outvars]
+
+
 def largest(f: Callable, *args: Any) -> int:
-  """Numbers in the largest value that a traced function computes."""
-  return max(v.aval.size for equation in equations(f, *args) for v in equation.outvars)
+  return max(a.size for a in intermediates(f, *args))
