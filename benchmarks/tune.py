@@ -79,13 +79,10 @@ def _tpu_programs(shape, dtype, packed, direction, interpret):
 
 def gpu_cases(shapes: Iterable[specs.Shape] = specs.ALL) -> Iterator[Case]:
   for b, t, h, *sizes in shapes:
-    # The sweeps of `gpu`: outputs, and the gradients of q, k and v.
-    for (k, v), dtype, reverse in (
-      (sizes, "bfloat16", False),
-      (sizes[::-1], "float32", False),
-      (sizes[::-1], "float32", True),
-      (sizes, "bfloat16", True),
-    ):
+    # The sweeps of `gpu`: outputs and the gradient of v, and the gradients of q and k, which are
+    # float32 where that of decays is wanted.
+    results = (sizes, "bfloat16"), (sizes[::-1], "bfloat16"), (sizes[::-1], "float32")
+    for ((k, v), dtype), reverse in itertools.product(results, (False, True)):
       key = gpu_plan.make_key(b * h, t, k, v, dtype, reverse)
       sweep = functools.partial(_gpu_programs, b, t, h, k, v, dtype, reverse)
       yield Case(key, gpu_choices(b * h, t, k, v, jnp.dtype(dtype).itemsize), sweep)

@@ -57,7 +57,7 @@ def sweep(
   if exponent is not None and exponent.ndim == 3:
     rate = jnp.ones_like(rate)
   options = {"reverse": reverse, "interpret": interpret}
-  if tile is None and pieces is None:
+  if tile is None and pieces is None and v.dtype == jnp.bfloat16:
     choice = measured(b * h, t, k_size, v_size, out_dtype, reverse)
     tile, pieces = choice.get("tile"), choice.get("pieces")
   pieces = _pieces(b * h * v_size // 64, t // CHUNK) if pieces is None else pieces
