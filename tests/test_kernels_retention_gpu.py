@@ -1,5 +1,6 @@
 """The GPU kernel of retention: interpreted against float64, and as a program for a GPU."""
 
+import functools
 import json
 import os
 import re
@@ -10,6 +11,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import AbstractMesh
 
 from triform import kernels
 from triform.kernels.retention import gpu, gpu_plan
@@ -82,6 +84,22 @@ def test_what_is_counted_in_32_bits_is_limited(b, t, h, size, told):
   array = jax.ShapeDtypeStruct((b, t, h, size), jnp.bfloat16)
   reason = gpu.unsupported_reason(array, array, array, None)
   assert reason is None if told is None else re.match(told, reason)
+
+
+def test_a_mesh_divides_what_is_counted():
+  array = jax.ShapeDtypeStruct((2**10, 64, 8, 300), jnp.bfloat16)
+
+  def shapes():
+    decays = jax.ShapeDtypeStruct((8,), jnp.float32)
+    return jax.eval_shape(
+      functools.partial(kernels.retention, implementation="gpu"), array, array, array, decays
+    )
+
+  with pytest.raises(NotImplementedError, match="the state has 2147483648 elements"):
+    shapes()
+  with jax.sharding.use_abstract_mesh(AbstractMesh((2,), ("data",))):
+    out, state = shapes()
+  assert out.shape == array.shape and state.shape == (2**10, 8, 300, 300)
 
 
 @pytest.mark.parametrize("k", gpu.SIZES)

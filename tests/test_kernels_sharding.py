@@ -5,7 +5,7 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
 
-from triform.kernels.sharding import divided
+from triform.kernels.sharding import divided, parts
 
 
 @pytest.mark.parametrize(
@@ -40,6 +40,15 @@ def specs(monkeypatch, sizes, types, rows, heads):
   monkeypatch.setattr(jax, "shard_map", lambda function, **options: options)
   with jax.sharding.use_abstract_mesh(AbstractMesh(sizes, ("x", "y"), axis_types=types)):
     return divided(print, ("bth", "h", "bh"), ("bth", "bh"), rows=rows, heads=heads)
+
+
+def test_parts_are_what_a_device_has():
+  arrays = [jax.ShapeDtypeStruct(shape, "f4") for shape in ((2, 7, 4, 16), (4,), (2, 4, 16, 16))]
+  with jax.sharding.use_abstract_mesh(AbstractMesh((2, 4), ("x", "y"))):
+    found = parts([*arrays, None], ("bth", "h", "bh", "b"), rows=2, heads=4)
+  assert [a.shape for a in found[:3]] == [(1, 7, 1, 16), (1,), (1, 1, 16, 16)]
+  assert found[3] is None
+  assert parts(arrays, ("bth", "h", "bh"), rows=2, heads=4) == arrays
 
 
 def test_without_a_mesh_a_kernel_is_as_it_is():

@@ -11,7 +11,7 @@ from .. import implementations
 from ..checks import Form, check_form, check_heads, check_shapes
 from ..implementations import Implementation
 from ..positions import decayed_count
-from ..sharding import divided, varying_as
+from ..sharding import divided, parts, varying_as
 from . import pieces, xla
 
 
@@ -127,9 +127,12 @@ def _module(name: str):
 
 
 def _unsupported_reason(name, form, q, k, v, state) -> str | None:
+  """Why not; asked of what a device has of these arrays."""
   if form != "chunkwise":
     return f"the form is {form!r}, expected 'chunkwise'"
-  return _module(name).unsupported_reason(q, k, v, state)
+  arrays, axes = (q, k, v, state), ("bth", "bth", "bth", "bh")
+  own = parts(arrays, axes, rows=q.shape[0], heads=k.shape[2])
+  return _module(name).unsupported_reason(*own)
 
 
 def _with_kernel(name, q, k, v, log_decay, state, reset, mask):
