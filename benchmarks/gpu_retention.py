@@ -1,11 +1,12 @@
-"""Retention's kernel on a Hopper GPU: its errors, and its time beside other functions'.
+r"""Retention's kernel on a Hopper GPU: its errors, and its time beside other functions'.
 
     python benchmarks/gpu_retention.py [--quick] [--json=FILE]
 
-Errors first, of small cases against float64 (`gpu_numerics.py`), and at every timed shape against
-XLA's chunkwise form in float32; one that is too large makes the exit status 1. Then times in
-bfloat16, of the forward pass and of it with the gradients of q, k and v, decays constant: all that
-`gpu_rivals.py` lists take turns, several calls in a turn, so that their start is not measured.
+Errors in bfloat16 first, of small cases against float64 (`gpu_numerics.py`), and at every timed
+shape against XLA's chunkwise form in float32. Then times in bfloat16, of the forward pass and of it
+with the gradients of q, k and v, decays constant: all that `gpu_rivals.py` lists take turns,
+several calls in a turn, so that their start is not measured. At last errors in float32, whose
+kernels compile slowly. An error that is too large makes the exit status 1.
 
 `bound` is the larger of two times: of the bytes of q, k, v, outputs and gradients, each read or
 written once in a pass, at the card's memory bandwidth, and of the products of the chunkwise form
@@ -15,8 +16,8 @@ Goals are for an H100. `--quick` leaves out shapes without one.
 The training step of the 1.3B RetNet, 16 rows of 4,096 tokens, vocabulary 128,256, bfloat16 (goal:
 43,000 tokens/s, which its log lines tell):
 
-    python train.py --config=configs/retnet_1b.py --workdir=runs/h100 \\
-      --config.seq_len=4096 --config.batch_size=16 --config.model.vocab_size=128256 \\
+    python train.py --config=configs/retnet_1b.py --workdir=runs/h100 \
+      --config.seq_len=4096 --config.batch_size=16 --config.model.vocab_size=128256 \
       --config.data.tokenizer=bytes --config.total_steps=60 --config.eval.max_tokens=65536
 
 Compiled for an H100 it takes 41 GiB with `remat="full"`, as the configuration has it, and AdamW;
@@ -203,7 +204,7 @@ def main() -> int:
   here = environment("jax", "jaxlib") | {"device": device.device_kind}
   here |= {"driver": driver(), "platform": device.client.platform_version}
   print(here)
-  errors = gpu_numerics.show(gpu_numerics.check())
+  errors = gpu_numerics.show(gpu_numerics.check("bfloat16"))
   rows = []
 
   def keep():  # after every shape: a machine that is lent may be taken back
@@ -220,6 +221,8 @@ def main() -> int:
         rows.append(row)
         print(show(row), flush=True)
     keep()
+  errors += gpu_numerics.show(gpu_numerics.check("float32"))
+  keep()
   wrong = sum(not row["ok"] for row in errors)
   print(f"{len(errors)} errors, {wrong} too large")
   failed = any("failed" in row for row in rows if row["op"] == "gpu")

@@ -61,9 +61,10 @@ def ours(arrays, backward, implementation, **options):
 
 
 @pytest.mark.parametrize("case", [PACKED, PER_TOKEN])
-def test_a_right_kernel_is_found_to_be(case):
-  rows = list(gpu_numerics.check(chunkwise, [case]))
-  assert [row["dtype"] for row in rows] == ["bfloat16"] * 7 + ["float32"] * 7
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_a_right_kernel_is_found_to_be(dtype, case):
+  rows = list(gpu_numerics.check(dtype, chunkwise, [case]))
+  assert [row["dtype"] for row in rows] == [dtype] * 7
   assert all(row["ok"] for row in rows)
 
 
@@ -80,14 +81,14 @@ def test_a_right_kernel_is_found_to_be(case):
 )
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_a_wrong_kernel_is_found(wrong, result, dtype, capsys):
-  rows = gpu_numerics.show(gpu_numerics.check(wrong, [PACKED], [dtype]))
+  rows = gpu_numerics.show(gpu_numerics.check(dtype, wrong, [PACKED]))
   assert not next(row for row in rows if row["result"] == result)["ok"]
   assert re.search(f"{result} .*TOO LARGE", capsys.readouterr().out)
   assert "NaN" not in json.dumps(rows)
 
 
 def test_what_a_kernel_raises_is_a_row_and_the_rest_is_known():
-  rows = list(gpu_numerics.check(that_raises, [PACKED, PER_TOKEN], ["float32"]))
+  rows = list(gpu_numerics.check("float32", that_raises, [PACKED, PER_TOKEN]))
   assert [row["case"] for row in rows] == ["packed", "per token"]
   assert {row["failed"] for row in rows} == {"NotImplementedError: no room"}
   assert not any(row["ok"] for row in rows)
@@ -163,7 +164,7 @@ def test_rows_tell_times_and_what_failed(backward):
 @pytest.mark.parametrize("kernel", [chunkwise, with_other_decays])
 def test_a_run_tells_all_and_ends_with_its_verdict(kernel, monkeypatch, tmp_path, capsys):
   file = tmp_path / "rows.json"
-  check = functools.partial(gpu_numerics.check, kernel, [PACKED], ["float32"])
+  check = functools.partial(gpu_numerics.check, retention=kernel, cases=[PACKED])
   monkeypatch.setattr(sys, "argv", ["gpu_retention.py", "--quick", f"--json={file}"])
   monkeypatch.setattr(gpu_retention, "is_hopper", lambda device: True)
   monkeypatch.setattr(gpu_retention, "card", lambda device: CARD)
@@ -179,7 +180,7 @@ def test_a_run_tells_all_and_ends_with_its_verdict(kernel, monkeypatch, tmp_path
   assert {"jax", "driver", "device"} <= set(kept["environment"])
   goals = [row["goal"] for row in kept["rows"] if row.get("op") == "gpu"]
   assert goals == [1.5, 2.5]
-  assert sum("error" in row for row in kept["rows"]) == 7 + 4
+  assert sum("error" in row for row in kept["rows"]) == 7 + 4 + 7
   assert "1,64,2,16,16" in capsys.readouterr().out
 
 
