@@ -65,6 +65,17 @@ def ratio(slow: Sequence[Time], fast: Sequence[Time]) -> float:
   return statistics.median(a.wall / b.wall for a, b in zip(slow, fast, strict=True))
 
 
+def is_hopper(device: Any) -> bool:
+  """Whether a JAX device is one that the GPU kernels are for."""
+  return device.platform == "gpu" and device.compute_capability == "9.0"
+
+
+def told(error: Exception) -> str:
+  """Its kind and first line."""
+  lines = str(error).splitlines() or [""]
+  return f"{type(error).__name__}: {lines[0][:200]}"
+
+
 def parser(doc: str) -> argparse.ArgumentParser:
   parser = argparse.ArgumentParser(description=doc.splitlines()[0])
   parser.add_argument("--json", help="file to write the rows to")

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from measure import Time, environment, interleaved, median, parser, ratio, save
+from measure import Time, environment, interleaved, is_hopper, median, parser, ratio, save
 
 from triform.kernels.retention import gpu_plan, gpu_sweep, specs, tpu, tpu_plan, tuned
 from triform.kernels.retention.tpu_kernels import CHUNK
@@ -176,7 +176,7 @@ def tune_all(cases: Iterable[Case], table: Path, device: str, measure=measure) -
 def cases_here(device: jax.Device) -> Iterator[Case]:
   if device.platform == "tpu":
     return tpu_cases()
-  if device.platform == "gpu" and device.compute_capability == "9.0":
+  if is_hopper(device):
     return gpu_cases()
   sys.exit(f"Tuning needs a TPU or a Hopper GPU, JAX has found: {device.device_kind}.")
 
