@@ -1,14 +1,18 @@
-"""Machine code of the GPU kernel of retention for an H100 that is not here: nothing is run.
+"""Machine code of the GPU kernels of retention for an H100 that is not here: nothing is run.
 
     PYTHONPATH=DIR python benchmarks/gpu_static.py [--json=FILE]
 
 DIR has JAX's CUDA plugin (see BUILD.md); `ptxas` must be on the path. Of every launch of a forward
-and a backward pass: registers of a thread at launch (warpgroups then trade them), spilled bytes,
-and tensor-core instructions by shape, each of which a thread block issues once per chunk.
+and a backward pass in bfloat16: registers of a thread at launch (warpgroups then trade them),
+spilled bytes, and tensor-core instructions by shape, each of which a thread block issues once per
+chunk. Of a sweep in float32, by the keys it reads: the same, with multiply-adds of a thread per
+chunk in place of tensor cores, and shared memory.
 """
 
 import collections
 import contextlib
+import functools
+import itertools
 import os
 import re
 import subprocess
@@ -16,7 +20,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-# The compiler prints PTX to standard output; what was compiled before would not be printed.
+# Mosaic's compiler prints PTX to standard output; what was compiled before would not be printed.
 os.environ |= {
   "JAX_PLATFORMS": "cpu",
   "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
@@ -31,24 +35,30 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from measure import environment, parser, save
 
-from triform.kernels.retention import gpu, specs
+from triform.kernels.retention import gpu, gpu_triton, specs
 from triform.kernels.retention.specs import Shape
 
 H100 = Path(__file__).with_name("h100.txtpb").read_text()
 SHAPES = (Shape(4, 4096, 16, 128, 128), specs.RETNET, specs.EQUAL_HEADS, Shape(8, 2048, 32, 64, 64))
 VARIANTS = ("plain", "packed", "per token")
+FLOAT32 = tuple(Shape(4, 4096, 16, size, size) for size in gpu.SIZES)
+
+
+def h100() -> Mesh:
+  devices = topologies.get_topology_desc(
+    platform="cuda", topology_name="h100", topology="1x1x1", target_config=H100
+  ).devices
+  return Mesh(np.array(devices), ("x",))
+
+
+def arrays(mesh: Mesh):
+  """Makes arguments that lie on the H100."""
+  return functools.partial(jax.ShapeDtypeStruct, sharding=NamedSharding(mesh, PartitionSpec()))
 
 
 def launches(shape: Shape, variant: str) -> list[str]:
   """PTX of every kernel of a forward and a backward pass that was not compiled before."""
-  devices = topologies.get_topology_desc(
-    platform="cuda", topology_name="h100", topology="1x1x1", target_config=H100
-  ).devices
-  sharding = NamedSharding(Mesh(np.array(devices[:1]), ("x",)), PartitionSpec())
-
-  def array(sizes, dtype):
-    return jax.ShapeDtypeStruct(sizes, dtype, sharding=sharding)
-
+  array = arrays(h100())
   b, t, h, k, v = shape
   heads = [array((b, t, h, size), jnp.bfloat16) for size in (k, k, v)]
   log_decay = array((b, t, h) if variant == "per token" else (h,), jnp.float32)
@@ -83,19 +93,42 @@ def printed():
       text.append(file.read())
 
 
+def float32_launch(shape: Shape, variant: str, reverse: bool) -> tuple[str, int]:
+  """PTX of a sweep in float32, and its bytes of shared memory: XLA chooses them, and tells."""
+  mesh = h100()
+  array = functools.partial(arrays(mesh), dtype=jnp.float32)
+  b, t, h, k, v = shape
+  heads = [array((b, t, h, size)) for size in (k, k, v)]
+  packed = variant == "packed"
+  exponent = array((b, t)) if packed else None
+  segment = array((b, t), dtype=jnp.int32) if packed else None
+
+  @jax.jit
+  def sweep(*args):
+    return gpu_triton.launch(*args, jnp.float32, reverse=reverse, interpret=None)
+
+  with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # Pallas-Triton asks it for the device
+    lowered = sweep.lower(*heads, array((h,)), exponent, segment, array((b, h, k, v)))
+  with tempfile.TemporaryDirectory() as folder:
+    lowered.compile(compiler_options={"xla_dump_to": folder})
+    codes = [file.read_text() for file in Path(folder).glob("*.ptx")]
+    (thunks,) = Path(folder).glob("*.thunk_sequence.txt")
+    told = re.search(r"retention_sweep grid: .* shared_memory: (\d+) bytes", thunks.read_text())
+  (ptx,) = (code for code in codes if ".entry retention_sweep(" in code)
+  return ptx, int(told[1])
+
+
 def assembled(ptx: str) -> dict:
-  """What `ptxas` says of a kernel."""
+  """What `ptxas` says of a kernel, and its tensor-core instructions."""
   command = ["ptxas", "-arch=sm_90a", "-O3", "-v", "-o", os.devnull, "-"]
   with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
     file.write(ptx + "\n")
     file.flush()
     command[-1] = file.name
     log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-  products = collections.Counter(
-    re.findall(r"wgmma\.mma_async\.sync\.aligned\.(m\d+n\d+k\d+)", ptx)
-  )
+  products = collections.Counter(re.findall(r"mma(?:_async)?\.sync\.aligned\.(m\d+n\d+k\d+)", ptx))
   return {
-    "kernel": re.search(r"\.entry (\w+)_mosaic_gpu_kernel", ptx)[1],
+    "kernel": re.search(r"\.entry (\w+?)(?:_mosaic_gpu_kernel)?\(", ptx)[1],
     "registers": int(re.search(r"Used (\d+) registers", log)[1]),
     "spilled_bytes": int(re.search(r"(\d+) bytes spill stores", log)[1]),
     "products": dict(products),
@@ -103,21 +136,38 @@ def assembled(ptx: str) -> dict:
   }
 
 
+def bfloat16_rows():
+  print(f"{'shape':>19} {'variant':9} {'kernel':23} registers spilled products")
+  for shape, variant in itertools.product(SHAPES, VARIANTS):
+    for ptx in launches(shape, variant):
+      row = {"shape": ",".join(map(str, shape)), "variant": variant} | assembled(ptx)
+      products = ", ".join(f"{count} {name}" for name, count in row["products"].items())
+      print(
+        f"{row['shape']:>19} {variant:9} {row['kernel']:23} {row['registers']:9} "
+        f"{row['spilled_bytes']:7} {products}{' SERIALIZED' * row['serialized']}",
+        flush=True,
+      )
+      yield row
+
+
+def float32_rows():
+  print(f"{'float32 keys':>19} {'variant':9} {'in time':23} registers spilled multiply-adds shared")
+  for shape, variant, reverse in itertools.product(FLOAT32, ("plain", "packed"), (False, True)):
+    ptx, shared = float32_launch(shape, variant, reverse)
+    row = {"shape": ",".join(map(str, shape)), "variant": variant, "dtype": "float32"}
+    row |= {"reverse": reverse, **assembled(ptx)}
+    row |= {"multiply_adds": ptx.count("fma.rn.f32"), "shared_memory": shared}
+    print(
+      f"{shape.k:19} {variant:9} {'backward' if reverse else 'forward':23} "
+      f"{row['registers']:9} {row['spilled_bytes']:7} {row['multiply_adds']:13} {shared:6}",
+      flush=True,
+    )
+    yield row
+
+
 def main():
   options = parser(__doc__).parse_args()
-  rows = []
-  print(f"{'shape':>19} {'variant':9} {'kernel':23} registers spilled products")
-  for shape in SHAPES:
-    for variant in VARIANTS:
-      for ptx in launches(shape, variant):
-        row = {"shape": ",".join(map(str, shape)), "variant": variant} | assembled(ptx)
-        rows.append(row)
-        products = ", ".join(f"{count} {name}" for name, count in row["products"].items())
-        print(
-          f"{row['shape']:>19} {variant:9} {row['kernel']:23} {row['registers']:9} "
-          f"{row['spilled_bytes']:7} {products}{' SERIALIZED' * row['serialized']}",
-          flush=True,
-        )
+  rows = [*bfloat16_rows(), *float32_rows()]
   save(options.json, rows, environment("jax", "jax-cuda13-plugin"))
 
 

@@ -11,11 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental import topologies
-from jax.sharding import AbstractDevice, AbstractMesh, Mesh, NamedSharding, use_abstract_mesh
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from triform import kernels
-from triform.kernels.retention import specs
+from triform.kernels.retention import api, specs
 
 pytestmark = [
   pytest.mark.slow,
@@ -28,21 +28,39 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 H100 = (BENCHMARKS / "h100.txtpb").read_text()
 # More than 2^31 elements of q, in two pieces and in one.
 LARGE = specs.Shape(1, 2**20 + 1024, 16, 128, 128), specs.Shape(2, 2**17 + 64, 64, 128, 128)
-# Pallas-Triton wants to know for what, from JAX 0.11.2 on.
-DEVICE = AbstractDevice("NVIDIA H100 80GB HBM3", num_cores=None, platform="gpu")
+SMALL = specs.Shape(2, 256, 4, 128, 128)
+KERNELS = {"bfloat16": "mosaic_gpu", "float32": "retention_sweep"}
 
 
-def arrays(default="bfloat16"):
-  """Makes arguments that lie on the H100."""
+def mesh_of(rows: int = 1, heads: int = 1):
+  """Of H100s in one machine."""
   devices = topologies.get_topology_desc(
-    platform="cuda", topology_name="h100", topology="1x1x1", target_config=H100
+    platform="cuda", topology_name="h100", topology=f"1x1x{rows * heads}", target_config=H100
   ).devices
-  sharding = NamedSharding(Mesh(np.array(devices[:1]), ("x",)), P())
+  axis_types = (AxisType.Auto,) * 2
+  return Mesh(np.array(devices).reshape(rows, heads), ("rows", "heads"), axis_types=axis_types)
 
-  def array(sizes, dtype=default):
-    return jax.ShapeDtypeStruct(sizes, dtype, sharding=sharding)
 
-  return array
+def retention_gradient(mesh, dtype, shape, *, packed=False):
+  """The compiled program of outputs and every gradient, as text."""
+  b, t, h, k, v = shape
+
+  def array(sizes, *axes, dtype=dtype):
+    return jax.ShapeDtypeStruct(sizes, dtype, sharding=NamedSharding(mesh, P(*axes)))
+
+  heads = [array((b, t, h, size), "rows", None, "heads") for size in (k, k, v)]
+  log_decay = array((h,), "heads", dtype=jnp.float32)
+  tokens = array((b, t), "rows", dtype=bool) if packed else None
+
+  def loss(q, k, v, log_decay, reset, mask):
+    options = {"reset": reset, "mask": mask, "implementation": "gpu"}
+    out, state = kernels.retention(q, k, v, log_decay, **options)
+    return jnp.sum(jnp.square(out.astype(jnp.float32))) + jnp.sum(jnp.square(state))
+
+  step = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2, 3)))
+  # Pallas-Triton wants to know for what device, from JAX 0.11.2 on.
+  with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+    return step.lower(*heads, log_decay, tokens, tokens).compile().as_text()
 
 
 @pytest.mark.parametrize(
@@ -52,22 +70,24 @@ def arrays(default="bfloat16"):
 @pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")
 def test_retention_compiles_at_named_shapes(dtype, shape):
   """Forward and backward; what does not fit a multiprocessor is refused."""
-  array = arrays(dtype)
-  b, t, h, k, v = shape
+  text = retention_gradient(mesh_of(), dtype, shape)
+  assert text.count(KERNELS[dtype]) >= 4  # the forward pass and three gradients
 
-  def loss(q, k, v, log_decay):
-    out, state = kernels.retention(q, k, v, log_decay, implementation="gpu")
-    return jnp.sum(jnp.square(out.astype(jnp.float32))) + jnp.sum(jnp.square(state))
 
-  step = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2, 3)))
-  heads = [array((b, t, h, size)) for size in (k, k, v)]
-  if dtype == "bfloat16":
-    text = step.lower(*heads, array((h,), jnp.float32)).compile().as_text()
-  else:
-    with use_abstract_mesh(AbstractMesh((), (), abstract_device=DEVICE)):
-      text = step.lower(*heads, array((h,), jnp.float32)).compile().as_text()
-  kernel = {"bfloat16": "mosaic_gpu", "float32": "retention_sweep"}[dtype]
-  assert text.count(kernel) >= 4  # the forward pass and three gradients
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")
+def test_retention_on_a_mesh_gathers_nothing(dtype):
+  """Rows along one axis, heads along the other."""
+  text = retention_gradient(mesh_of(rows=2, heads=2), dtype, SMALL, packed=True)
+  assert text.count(KERNELS[dtype]) >= 4
+  assert "all-gather" not in text and "all-to-all" not in text
+
+
+def test_a_kernel_left_to_the_compiler_has_everything_gathered(monkeypatch):
+  """So that the test before can fail."""
+  monkeypatch.setattr(api, "divided", lambda function, *_, **__: function)
+  text = retention_gradient(mesh_of(rows=2, heads=2), "bfloat16", SMALL)
+  assert "all-gather" in text
 
 
 @pytest.mark.parametrize("shape", [shape for shape in specs.DECODING if shape.b > 1])
@@ -76,7 +96,11 @@ def test_a_decoding_step_reads_and_writes_the_state_once(monkeypatch, shape):
   monkeypatch.syspath_prepend(BENCHMARKS)
   from hlo_bytes import moved
 
-  array = arrays()
+  sharding = NamedSharding(mesh_of(), P())
+
+  def array(sizes, dtype=jnp.bfloat16):
+    return jax.ShapeDtypeStruct(sizes, dtype, sharding=sharding)
+
   b, t, h, k, v = shape
   heads = [array((b, t, h, size)) for size in (k, k, v)]
   state = array((b, h, k, v), jnp.float32)
