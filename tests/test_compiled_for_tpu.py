@@ -43,6 +43,16 @@ def v5e_4x4():
   return devices("v5e:4x4")
 
 
+def compiled_quickly(lowered):
+  """In a third of the time, for a slower program."""
+  effort = jax.config.jax_exec_time_optimization_effort
+  jax.config.update("jax_exec_time_optimization_effort", -1.0)
+  try:
+    return lowered.compile()
+  finally:
+    jax.config.update("jax_exec_time_optimization_effort", effort)
+
+
 def get_config(name, *variant):
   spec = importlib.util.spec_from_file_location(name, CONFIGS / f"{name}.py")
   module = importlib.util.module_from_spec(spec)
@@ -59,7 +69,9 @@ def test_a_training_step_fits_on_v5e_4x4(v5e_4x4, name):
   program, lowered = lower_step(config, v5e_4x4)
   if name == "retnet_1b":
     assert "retention_forward" in lowered.as_text() and "retention_backward" in lowered.as_text()
-  memory = lowered.compile().memory_analysis()
+  # HyperMixer's plan of memory would be a seventh larger with less effort, others' about the same.
+  compiled = lowered.compile() if name == "hypermixer_1b" else compiled_quickly(lowered)
+  memory = compiled.memory_analysis()
   used = memory.argument_size_in_bytes + memory.temp_size_in_bytes
   assert used < 0.95 * V5E_MEMORY
   state = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(program.abstract))
@@ -86,7 +98,7 @@ def test_attention_compiles_to_the_kernel_where_it_fits(v5e_4x4, options, kernel
   config.update({"seq_len": 256, "batch_size": 16, "form": "parallel"})
   _, lowered = lower_step(config, v5e_4x4)
   assert ("tpu_custom_call" in lowered.as_text()) == kernels
-  lowered.compile()
+  compiled_quickly(lowered)
 
 
 @pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
@@ -197,7 +209,7 @@ def test_a_training_step_on_audio_compiles(v5e_4x4, variant):
   clips, rows = (config.batch_size, 16000), (config.batch_size,)
   shapes = {"inputs": clips, "noise": clips, "mask": clips, "targets": rows, "loss_mask": rows}
   _, lowered = lower_step(config, v5e_4x4, shapes)
-  memory = lowered.compile().memory_analysis()
+  memory = compiled_quickly(lowered).memory_analysis()
   used = memory.argument_size_in_bytes + memory.temp_size_in_bytes
   assert used < 0.95 * V5E_MEMORY
 

@@ -33,9 +33,10 @@ def walk(f: Callable, *arguments: Any) -> Work:
   """Counts what `f(*arguments)` computes for its results, without computing it.
 
   A scan counts as often as it turns, whatever is called is entered, and a Pallas kernel counts as
-  its cost estimate says. Fourier transforms count as `fft_flops` and are products of tokens,
-  whatever the scope. Of complex numbers a product or quotient is 6 operations, a term of a product
-  of matrices 8, and a sum 2.
+  its cost estimate says; of what some platforms have a program of their own for, that of the rest
+  counts. Fourier transforms count as `fft_flops` and are products of tokens, whatever the scope. Of
+  complex numbers a product or quotient is 6 operations, a term of a product of matrices 8, and a
+  sum 2.
 
   Args:
     f: a function of arrays, which may be a gradient.
@@ -74,12 +75,11 @@ def _equation(equation: JaxprEqn, scope: str) -> Work:
 
 
 def _possible(params: dict[str, Any]) -> list[ClosedJaxpr]:
-  """The branches of a conditional, or the one that is for this platform."""
-  here, platforms = jax.default_backend(), params.get("branches_platforms")
-  if platforms is None:
-    return params["branches"]
-  chosen = (i for i, names in enumerate(platforms) if names is None or here in names)
-  return [params["branches"][next(chosen)]]
+  """The branches of a conditional; of one by platform, that for all not named."""
+  branches, platforms = params["branches"], params.get("branches_platforms")
+  if platforms is None or None not in platforms:
+    return branches
+  return [branches[platforms.index(None)]]
 
 
 def _total(work: Work) -> float:

@@ -79,7 +79,7 @@ def _product(equation, a, b, dtype=None):
     return jnp.einsum(equation, a, b, preferred_element_type=dtype)
   a, b = (x.squeeze(3) if "r" in term else x for x, term in zip((a, b), terms, strict=False))
   out = jnp.einsum(equation.replace("r", ""), a, b, preferred_element_type=dtype)
-  return out[:, :, :, None] if "r" in terms[2] else out
+  return out.reshape(*out.shape[:3], 1, *out.shape[3:]) if "r" in terms[2] else out
 
 
 def _shared(a):
@@ -161,6 +161,8 @@ def _at_once(state, q, k, v, within, incoming):
 
 def _one_by_one(state, *arrays):
   n = max(map(len, arrays))
+  for a in arrays[1:]:  # of which a chunk's state is made
+    state = varying_as(a, state)
 
   def step(state, chunk):
     chunk = iter(chunk)  # of the arrays that differ from chunk to chunk
