@@ -300,6 +300,7 @@ for decay, options in (("fixed", {}), ("gated", {"num_kv_heads": 1})):
     f"kernel-{decay}",
     by_kernel(retention(key_dim=128, value_dim=128, decay=decay, **options)),
     vectors(D),
+    slow=decay == "gated",
     kernel=True,
   )
 small = {**ARCHITECTURES["retnet"].small, "key_dim": 128, "value_dim": 128, "scan_layers": True}
