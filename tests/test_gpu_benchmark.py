@@ -8,6 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import gpu_numerics
+import gpu_retention
+import gpu_rivals
 import jax
 import jax.numpy as jnp
 import pytest
@@ -16,10 +19,6 @@ from triform import kernels
 
 ROOT = Path(__file__).parents[1]
 BENCHMARKS = ROOT / "benchmarks"
-sys.path.append(str(BENCHMARKS))
-import gpu_numerics  # noqa: E402
-import gpu_retention  # noqa: E402
-import gpu_rivals  # noqa: E402
 
 SHAPE = gpu_rivals.Shape(1, 64, 2, 16, 16)
 PACKED = gpu_numerics.Case("packed", 40, 2, 1, 8, 8, packed=True)

@@ -10,15 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tune
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 from laws_errors import equations
+from measure import Time
 
 from triform.kernels.retention import gpu, gpu_plan, gpu_sweep, specs, tpu, tuned
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-sys.path.append(str(BENCHMARKS))
-import tune  # noqa: E402
-from measure import Time  # noqa: E402
 
 HERE = "cpu"  # the kind of the device that is here
 SHAPE = specs.Shape(1, 256, 1, 128, 128)  # a step by the heuristic, or two
