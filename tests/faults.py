@@ -36,7 +36,7 @@ def copy_tree(target: Path) -> None:
 def run(target: Path, tests: str, select: str, seconds: int = SECONDS) -> tuple[bool, str]:
   """Whether the tests pass, and the first that does not."""
   environment = os.environ | {
-    "PYTHONPATH": str(target / "path"),
+    "PYTHONPATH": os.pathsep.join(str(target / name) for name in ("path", "benchmarks")),
     "PYTHONDONTWRITEBYTECODE": "1",
     "HYPOTHESIS_PROFILE": "quick",
   }
