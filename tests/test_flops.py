@@ -12,6 +12,7 @@ import pytest
 from counted import abstract, calls, closed, traced
 from flax import nnx
 
+from triform import kernels
 from triform.arch import HyperMixerClassifier, RetNet, SequenceModule, build, flops
 from triform.arch.flops import Call, Work, count, walk
 from triform.arch.flops.report import report, table
@@ -108,6 +109,22 @@ def test_scanned_layers_share_only_what_does_not_depend_on_the_layer(form):
   shared = more - less
   assert shared == Work(vector=shared.vector, transcendental=shared.transcendental)
   assert 0 <= shared.vector < 0.1 * more.vector
+
+
+@pytest.mark.parametrize("heads", [2, 4])
+def test_a_cpu_works_as_much_chunk_by_chunk(heads, monkeypatch):
+  """What it has a program of its own for is counted by that of all other platforms."""
+  sizes = ((2, 7, heads, 8), (2, 7, 2, 8), (2, 7, 2, 12), (heads,), (2, heads, 8, 12))
+  arrays = [jax.ShapeDtypeStruct(size, jnp.float32) for size in sizes]
+
+  def loss(q, k, v, log_decay, state):
+    results = kernels.retention(q, k, v, log_decay, state=state, form="chunkwise", chunk_size=4)
+    return sum(map(jnp.sum, results))
+
+  gradient = jax.grad(loss, argnums=range(5))
+  elsewhere = walk(loss, *arrays), walk(gradient, *arrays)
+  monkeypatch.setattr(jax.lax, "platform_dependent", lambda *args, cpu, default: cpu(*args))
+  assert (walk(loss, *arrays), walk(gradient, *arrays)) == elsewhere
 
 
 def test_causality_leaves_half_of_the_pairs():
