@@ -192,7 +192,7 @@ def compile_one(case: Case) -> int:
 
 def _differentiated(variant, *args):
   args = jax.tree.map(lambda a: CustomVJPPrimal(a, variant != "constant"), args)
-  return tpu._chunkwise_forward(*args, False)
+  return tpu._chunkwise_forward(*args, False, None)
 
 
 def main() -> None:

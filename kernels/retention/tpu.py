@@ -89,7 +89,11 @@ def _forward(q, k, v, rate, exponent, segment, state, interpret, chunks, *, save
     (rate, exponent, segment),
     [(q, at.heads), (k, at.shared), (v, at.shared), (state, at.state)],
     [(o, at.heads), (state, at.state), (starts, at.start) if save else None],
-    scratch=[(at.matrix, jnp.float32)],
+    scratch=[
+      (at.matrix, jnp.float32),
+      ((at.chunks, CHUNK, CHUNK), v.dtype),
+      ((at.chunks, CHUNK, at.matrix[0]), k.dtype),
+    ],
     products=2,
     interpret=interpret,
   )

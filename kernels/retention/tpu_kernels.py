@@ -18,14 +18,20 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 CHUNK = 128
-VALUES = 256  # columns of values at a time, so that sums are used before registers run out
+VALUES = 256  # columns of values at a time, backward: sums are used before registers run out
 
 
 class Weights(NamedTuple):
+  """Arrays, or the references they are in."""
+
   pairs: Any  # [c, c]
   read: Any  # [c, c], the same in all lanes
   leave: Any  # [c, c], the same in all lanes
   kept: Any  # [1, c], the same in all lanes
+
+  def loaded(self) -> "Weights":
+    """Arrays: read once for all that use them."""
+    return Weights(*(weight[...] for weight in self))
 
 
 class Block(NamedTuple):
@@ -43,7 +49,7 @@ class Block(NamedTuple):
 
   def weights(self, rows) -> Weights:
     if self.exponent is None and self.segment is None:
-      return Weights(*(ref[...] for ref in self.kept))
+      return self.kept
     segment = None if self.segment is None else self.segment[0, 0, :, rows]
     return _weights(self.rate, self._exponent(rows), segment)
 
@@ -60,7 +66,7 @@ class Block(NamedTuple):
   def scale_state(self, weight, x):
     """`weight * x`, but 0 where the weight is: a reset forgets a state that is not finite too."""
     scaled = _scale(weight, x)
-    return scaled if self.segment is None else jnp.where(_wide(weight, x.shape[1]) == 0, 0, scaled)
+    return scaled if self.segment is None else jnp.where(_wide(weight, x) == 0, 0, scaled)
 
 
 def _weights(rate, exponent, segment) -> Weights:
@@ -92,12 +98,12 @@ def _column(row):
   return jnp.broadcast_to(row, (CHUNK, CHUNK)).T
 
 
-def _wide(weight, size: int):
-  return jnp.tile(weight, (1, size // CHUNK))
+def _wide(weight, x):
+  return jnp.tile(weight[...], (1, x.shape[1] // CHUNK))
 
 
 def _scale(weight, x):
-  return _wide(weight, x.shape[1]) * x
+  return _wide(weight, x) * x
 
 
 def _products(dtype):
@@ -115,19 +121,20 @@ def _products(dtype):
 
 
 def _chunks(ref):
-  return [pl.ds(start, CHUNK) for start in range(0, ref.shape[1], CHUNK)]
+  return [(n, pl.ds(n * CHUNK, CHUNK)) for n in range(ref.shape[1] // CHUNK)]
 
 
-def _columns(ref):
+def _columns(ref, width):
   size = ref.shape[-1]
-  return [slice(start, min(start + VALUES, size)) for start in range(0, size, VALUES)]
+  return [slice(start, min(start + width, size)) for start in range(0, size, width)]
 
 
-def forward(block: Block, q, k, v, before, o, after, starts, state):
+def forward(block: Block, q, k, v, before, o, after, starts, state, scores, leaving):
   """`o = (q k^T * pairs) v + read q S`, then `S = kept S + (leave k)^T v`, chunk by chunk.
 
   Refs: q, k, v, o `[1, tokens, size]`; before, after `[1, 1, k, v]`; starts, the state at the start
-  of the block for the backward pass, or `None`; state is scratch.
+  of the block for the backward pass, or `None`. Scratch: the state; of each chunk the scores, once
+  they are weighted, and `leave k`.
   """
   dot, dot_transposed, transposed_dot = _products(q.dtype)
 
@@ -138,16 +145,22 @@ def forward(block: Block, q, k, v, before, o, after, starts, state):
 
   if starts is not None:
     starts[0, 0, 0] = state[...].astype(starts.dtype)
-  for rows in _chunks(q):
+  # So that registers suffice and none is spilled: what needs no state is made for all chunks first,
+  # into memory, or the scheduler would hold it beside the sums; these are of [c, c], a quarter of
+  # the registers each; and operands are read where they are used.
+  for n, rows in _chunks(q):
+    weights, keys = block.weights(rows), k[0, rows]
+    scores[n] = (dot_transposed(q[0, rows], keys) * weights.pairs[...]).astype(v.dtype)
+    leaving[n] = _scale(weights.leave, keys.astype(jnp.float32)).astype(k.dtype)
+  for n, rows in _chunks(q):
     weights = block.weights(rows)
-    queries, keys = q[0, rows], k[0, rows]
-    scores = (dot_transposed(queries, keys) * weights.pairs).astype(v.dtype)
-    leaving = _scale(weights.leave, keys.astype(jnp.float32)).astype(k.dtype)
-    for columns in _columns(v):
-      values, s = v[0, rows, columns], state[:, columns]
-      read = block.scale_state(weights.read, dot(queries, s.astype(q.dtype)))
-      o[0, rows, columns] = (dot(scores, values) + read).astype(o.dtype)
-      state[:, columns] = block.scale_state(weights.kept, s) + transposed_dot(leaving, values)
+    for of_v in _columns(v, CHUNK):
+      read = dot(q[0, rows], state[:, of_v].astype(q.dtype))
+      read = block.scale_state(weights.read, read)
+      o[0, rows, of_v] = (dot(scores[n], v[0, rows, of_v]) + read).astype(o.dtype)
+      for of_k in _columns(k, CHUNK):
+        s = block.scale_state(weights.kept, state[of_k, of_v])
+        state[of_k, of_v] = s + transposed_dot(leaving[n, :, of_k], v[0, rows, of_v])
 
   @pl.when(pl.program_id(2) == pl.num_programs(2) - 1)
   def _():
@@ -181,19 +194,19 @@ def backward(
     if d_rate is not None:
       d_rate[...] = jnp.zeros_like(d_rate)
 
-  chunks = list(enumerate(_chunks(q)))
+  chunks = _chunks(q)
   states[0] = starts[0, 0, 0]
   state[...] = starts[0, 0, 0].astype(jnp.float32)
   for n, rows in chunks[:-1]:
-    weights = block.weights(rows)
+    weights = block.weights(rows).loaded()
     keys = leaving(weights, k[0, rows])
-    for columns in _columns(v):
+    for columns in _columns(v, VALUES):
       before = block.scale_state(weights.kept, state[:, columns])
       state[:, columns] = before + transposed_dot(keys, v[0, rows, columns])
       states[n + 1, :, columns] = narrow(state[:, columns])
 
   for n, rows in reversed(chunks):
-    weights = block.weights(rows)
+    weights = block.weights(rows).loaded()
     queries, keys, values, d_out = q[0, rows], k[0, rows], v[0, rows], d_o[0, rows]
     scores = dot_transposed(queries, keys) * weights.pairs
     d_weighted = dot_transposed(d_out, values)
@@ -214,7 +227,7 @@ def backward(
 
     scores = narrow(scores)
     reading = narrow(_scale(weights.read, queries.astype(jnp.float32)))
-    for columns in _columns(v):
+    for columns in _columns(v, VALUES):
       d_out, d_s = d_o[0, rows, columns], d_state[:, columns]
       d_values = transposed_dot(scores, d_out) + dot(leaving(weights, keys), narrow(d_s))
       d_v[0, rows, columns] = d_values.astype(d_v.dtype)
