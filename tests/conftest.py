@@ -13,9 +13,9 @@ from hypothesis import HealthCheck, Phase, settings
 
 # The programs are tiny: compile quickly rather than well. XLA reads its flags at the first compile,
 # processes started by a test inherit them, and what the user set comes last and wins.
-QUICK = "--xla_backend_optimization_level=0 "
+QUICK = "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1 "
 if jax.__version_info__ < (0, 11):  # later versions have but one code generator
-  QUICK += "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1 "
+  QUICK += "--xla_cpu_use_fusion_emitters=false "
 os.environ["XLA_FLAGS"] = QUICK + os.environ.get("XLA_FLAGS", "")
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -24,9 +24,7 @@ gc.set_threshold(100_000, 50, 100)  # tracing makes millions of objects, few of 
 
 DRAWN = r"(-parallel|-chunkwise|-recurrent|-\(\d+, \d+\))?(-b?float\d+)?"
 LAW = re.compile(rf"test_laws(?:_kernels)?.py::.*\[(.*?){DRAWN}\]$")
-SHARES_A_FIXTURE = re.compile(
-  r"(test_sharding|test_export|test_programs|test_streaming|test_data_speech)\.py::"
-)
+SHARES_NOTHING = re.compile(r"test_compiled_for_\w+\.py::")  # and each of its tests takes long
 COMMON = {"deadline": None, "suppress_health_check": list(HealthCheck)}
 settings.register_profile(
   "quick",
@@ -60,12 +58,14 @@ kept_bytes = 2**30
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-  """For `-n`: what shares programs or a slow fixture goes to one worker, to make it once."""
+  """For `-n`: a file's tests go to one worker, which compiles what they share, or makes it, once."""
   from xdist.scheduler import LoadScopeScheduling
 
   class BySubject(LoadScopeScheduling):
     def _split_scope(self, nodeid):
-      shared = LAW.search(nodeid) or SHARES_A_FIXTURE.search(nodeid)
-      return shared[1] if shared else nodeid
+      if SHARES_NOTHING.search(nodeid):
+        return nodeid
+      law = LAW.search(nodeid)
+      return law[1] if law else nodeid.partition("::")[0]
 
   return BySubject(config, log) if config.getvalue("dist") == "load" else None
