@@ -6,9 +6,10 @@ The kernels are compiled for a TPU v5e that is not here, and the compiler's own 
 `cycles` are the instruction bundles of a grid step's body per head and chunk of 128 tokens. Of a
 step's bundles it is an upper count, for those run only at a head's first and last step are in it (a
 loop's would be counted once, but the body has none); of time it is a lower bound, for a bundle may
-wait, for memory or a unit. `spills` are the stores of spilled registers in the whole body. Products
-alone take `mxu_bound` cycles, and q, k, v, o, their gradients and saved states, each read or
-written once, `hbm_bound`. `ratio` is over the larger, and below 1 where bundles must wait: float32.
+wait, for memory or a unit. `spills` are the stores of spilled registers in the whole body; of its
+slots for the four matrix units, `mxu_use` is the share in use. Products alone take `mxu_bound`
+cycles, and q, k, v, o, their gradients and saved states, each read or written once, `hbm_bound`.
+`ratio` is over the larger, and below 1 where bundles must wait: float32.
 """
 
 import argparse
@@ -60,6 +61,7 @@ class Schedule(NamedTuple):
   chunks: int  # a grid step
   bundles: int
   spills: int
+  mxu_use: float
 
 
 class Failed(Exception):
@@ -128,8 +130,8 @@ def _error(child) -> str:
   return (raised or lines or [f"the compiler ended with {child.returncode}"])[-1]
 
 
-def _read(folder: Path, kernel: str) -> tuple[int, int]:
-  """Bundles and stored spills of a kernel."""
+def _read(folder: Path, kernel: str) -> tuple[int, int, float]:
+  """Bundles and stored spills of a kernel, and the share of the matrix units' slots in use."""
 
   def text(ending):
     paths = list(folder.glob(f"*{kernel}*{ending}"))
@@ -143,12 +145,16 @@ def _read(folder: Path, kernel: str) -> tuple[int, int]:
   analysis = text("schedule-analysis_final_bundles.txt")
   total = re.search(r"total scheduled bundles:\s*(\d+)", analysis)
   head, _, use = text("final_hlo-static-per-bundle-utilization.txt").partition("== UTILIZATION:")
-  names = re.search(r"^MXU,.*$", head, re.MULTILINE)
-  units = names[0].split(", ") if names else []
-  if total is None or "VSTORE:SPILL" not in units:
-    raise Failed("the compiler's dump has no count of bundles, or none of VSTORE:SPILL")
-  column = units.index("VSTORE:SPILL")
-  return int(total[1]), sum(int(line.split()[column]) for line in use.splitlines() if line.strip())
+  table = re.search(r"^(MXU,.*)\n([\d ]+)$", head, re.MULTILINE)
+  units = table[1].split(", ") if table else []
+  if total is None or not {"MXU", "VSTORE:SPILL"} <= set(units):
+    raise Failed("the compiler's dump has no count of bundles, or none of MXU or VSTORE:SPILL")
+  bundles = np.array([line.split() for line in use.splitlines() if line.strip()], int)
+  used, slots = (
+    dict(zip(units, counts, strict=True))
+    for counts in (bundles.sum(axis=0), len(bundles) * np.array(table[2].split(), int))
+  )
+  return int(total[1]), int(used["VSTORE:SPILL"]), float(used["MXU"] / slots["MXU"])
 
 
 def compile_one(case: Case) -> int:
@@ -207,7 +213,8 @@ def main() -> None:
     case = Case(direction, Shape(*map(int, shape.split(","))), dtype, variant)
     print(json.dumps({"chunks": compile_one(case)}))
     return
-  columns = [f"{name:>9}" for name in ("cycles", "mxu_bound", "hbm_bound", "ratio", "spills")]
+  names = ("cycles", "mxu_bound", "hbm_bound", "ratio", "spills", "mxu_use")
+  columns = [f"{name:>9}" for name in names]
   print(f"{'direction':9} {'shape':>19} {'dtype':8} {'variant':9}", *columns)
   rows = []
   for case in cases(options.all):
@@ -215,18 +222,18 @@ def main() -> None:
     print(f"{case.direction:9} {shape:>19} {case.dtype:8} {case.variant:9}", end=" ", flush=True)
     row = {"op": "retention"} | case._asdict() | {"shape": shape, "topology": TOPOLOGY}
     try:
-      chunks, bundles, spills = schedule(case)
+      chunks, bundles, spills, mxu_use = schedule(case)
     except Failed as error:
       print(f"failed: {error}")
       rows.append(row | {"error": str(error)})
       continue
     cycles, (mxu, hbm) = bundles / chunks, bounds(case, chunks)
     ratio = cycles / max(mxu, hbm)
-    print(f"{cycles:9.1f} {mxu:9.1f} {hbm:9.1f} {ratio:9.2f} {spills:9}")
+    print(f"{cycles:9.1f} {mxu:9.1f} {hbm:9.1f} {ratio:9.2f} {spills:9} {mxu_use:9.2f}")
     rows.append(
       row
       | {"cycles": round(cycles, 1), "mxu_bound": round(mxu, 1), "hbm_bound": round(hbm, 1)}
-      | {"ratio": round(ratio, 2), "spills": spills}
+      | {"ratio": round(ratio, 2), "spills": spills, "mxu_use": round(mxu_use, 2)}
     )
   save(options.json, rows, {name: importlib.metadata.version(name) for name in ("jax", "libtpu")})
   if any("error" in row for row in rows):

@@ -58,7 +58,7 @@ kept_bytes = 2**30
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-  """For `-n`: a file's tests go to one worker, which compiles what they share, or makes it, once."""
+  """For `-n`: a file's tests go to one worker, which makes and compiles what they share once."""
   from xdist.scheduler import LoadScopeScheduling
 
   class BySubject(LoadScopeScheduling):
