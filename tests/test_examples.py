@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -53,6 +54,7 @@ def test_plain_jax():
   assert len(figures) == 4 and all(float(line.rsplit(" ", 1)[1]) < 1e-4 for line in figures)
 
 
+@pytest.mark.slow
 @jax.numpy_rank_promotion("allow")  # GPT-2's code adds a bias [d] to [b, t, d]
 def test_published_model():
   model, params, losses = example("published_model")["main"](length=32)

@@ -183,6 +183,7 @@ exported.random_folder(sys.argv[1])
     load(tmp_path / "m")
 
 
+@pytest.mark.slow
 def test_export_and_eval_programs(run):
   here = run.parents[1]
   export = ["-m", "triform.arch.export", "--workdir=runs/tiny", "--to=out/model"]

@@ -176,6 +176,7 @@ sys.exit(pytest.main(sys.argv[1:]))
 """
 
 
+@pytest.mark.slow
 def test_laws_hold_in_the_tree_mode_of_flax():
   """The suite's own process runs in graph mode."""
   tests = Path(__file__).parent

@@ -16,7 +16,7 @@ from triform.kernels.retention import gpu
 kernel = functools.partial(as_called, gpu.chunkwise)
 
 
-@pytest.mark.parametrize("decay", ["[h]", "[b, t, h]"])
+@pytest.mark.parametrize("decay", [pytest.param("[h]", marks=pytest.mark.slow), "[b, t, h]"])
 @given(st.integers(0, 999), st.sampled_from([0.0, 0.01, 0.3]), st.sampled_from([0.0, 0.1, 0.9]))
 def test_packed_and_padded_rows_equal_the_oracle(decay, seed, starts, holes):
   t = 150  # no multiple of a chunk

@@ -36,8 +36,7 @@ MODELS = {
     for name, pattern in PATTERNS.items()
   },
 }
-QUICK = ("same", "retention")
-NAMES = [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in MODELS]
+NAMES = [n if n == "same" else pytest.param(n, marks=pytest.mark.slow) for n in MODELS]
 N = 60
 
 

@@ -202,6 +202,7 @@ def blocks(language):
   return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block", blocks("python")[1:], ids=range(len(blocks("python")) - 1))
 def test_readme_python(folder, monkeypatch, block):
   monkeypatch.chdir(folder)

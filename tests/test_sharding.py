@@ -47,6 +47,7 @@ def test_a_kernel_runs_on_each_device_with_what_is_there(results):
   assert kernel["error"] <= 1e-6 and kernel["placed"] and not kernel["gathers"]
 
 
+@pytest.mark.slow
 def test_retention_over_shards():
   """In a process of its own, for its devices."""
   flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
