@@ -24,7 +24,8 @@ gc.set_threshold(100_000, 50, 100)  # tracing makes millions of objects, few of 
 
 DRAWN = r"(-parallel|-chunkwise|-recurrent|-\(\d+, \d+\))?(-b?float\d+)?"
 LAW = re.compile(rf"test_laws(?:_kernels)?.py::.*\[(.*?){DRAWN}\]$")
-SHARES_NOTHING = re.compile(r"test_compiled_for_\w+\.py::")  # and each of its tests takes long
+# Files whose tests take long and share nothing.
+APART = re.compile(r"(test_compiled_for_\w+|test_laws_faults)\.py::")
 COMMON = {"deadline": None, "suppress_health_check": list(HealthCheck)}
 settings.register_profile(
   "quick",
@@ -63,7 +64,7 @@ def pytest_xdist_make_scheduler(config, log):
 
   class BySubject(LoadScopeScheduling):
     def _split_scope(self, nodeid):
-      if SHARES_NOTHING.search(nodeid):
+      if APART.search(nodeid):
         return nodeid
       law = LAW.search(nodeid)
       return law[1] if law else nodeid.partition("::")[0]
