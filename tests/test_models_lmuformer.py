@@ -37,7 +37,7 @@ every_model = pytest.mark.parametrize(
   ("variant", "padding"),
   [
     ("plain", "causal"),
-    ("spiking_ms", "same"),
+    pytest.param("spiking_ms", "same", marks=pytest.mark.slow),
     pytest.param("plain", "same", marks=pytest.mark.slow),
     pytest.param("spiking", "causal", marks=pytest.mark.slow),
   ],
