@@ -36,7 +36,7 @@ MODELS = {
     for name, pattern in PATTERNS.items()
   },
 }
-NAMES = [n if n == "same" else pytest.param(n, marks=pytest.mark.slow) for n in MODELS]
+NAMES = [n if n == "retention" else pytest.param(n, marks=pytest.mark.slow) for n in MODELS]
 N = 60
 
 
