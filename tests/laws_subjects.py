@@ -286,7 +286,7 @@ register_architecture("transformer", scan_layers=True, dropout=0.3, slow=True)
 register_architecture("transformer++", window=5, num_kv_heads=1, slow=True)
 register_architecture("primer", scan_layers=True)
 register_architecture("lmu", scan_layers=True)
-register_architecture("hybrid", scan_layers=True)
+register_architecture("hybrid", scan_layers=True, slow=True)
 register_architecture(
   "hybrid",
   "rest",
