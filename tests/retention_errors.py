@@ -70,7 +70,7 @@ def errors(kernel, arrays, reset, mask, *, by_differences=False, **interpret):
 
   The simplest form and float64 run on the CPU, where a product of float32 numbers is one.
   `by_differences`: the gradient of decays is a sum of `q . dq - k . dk` over all later tokens, so
-  that it may be as far off as errors of `dq`, `dk` and the state as large as are allowed make it.
+  that it may be off by what the errors found in `dq`, `dk` and the state make of it, too.
   """
   dtype = str(arrays[0].dtype)
   rng = np.random.default_rng(1)
@@ -109,22 +109,22 @@ def errors(kernel, arrays, reset, mask, *, by_differences=False, **interpret):
   for name, one, other, expected in zip(NAMES, d, other_d, gradients, strict=True):
     more = rounding if name == "log_decay" else 0.0
     if name == "log_decay" and by_differences:
-      allowed = [row.allowed for row in found[1:4]]
-      more += passed_on(allowed, arrays, gradients, cotangents[1], truth[1])
+      made = [row.found for row in found[1:4]]
+      more += passed_on(made, arrays, gradients, cotangents[1], truth[1])
     found.append(measured(f"gradient of {name}", one, other, expected, more))
   return found
 
 
-def passed_on(allowed, arrays, gradients, d_after, after):
+def passed_on(made, arrays, gradients, d_after, after):
   """The size of the error that those of the state, `dq` and `dk` leave in the gradient of decays.
 
-  They are as large as is allowed, relative to the norm of each token's vector (or of a matrix of
-  the state), and of independent parts: the sum of `n` products with them is then off by the product
-  of the norms times that error over the root of `n`. A token's `q . dq` and `k . dk` are in the
-  gradients of the decays of all tokens up to it (which for a decay per head are added, errors and
-  all), `<dS, S>` at the end in those of all tokens.
+  They are relative to the norm of each token's vector (or of a matrix of the state), and of
+  independent parts: the sum of `n` products with them is then off by the product of the norms times
+  that error over the root of `n`. A token's `q . dq` and `k . dk` are in the gradients of the
+  decays of all tokens up to it (which for a decay per head are added, errors and all), `<dS, S>` at
+  the end in those of all tokens.
   """
-  of_state, *of_gradients = allowed
+  of_state, *of_gradients = made
   t = arrays[0].shape[1]
   power = 2 if arrays[3].ndim == 1 else 1
   weights = (np.arange(t) + 1.0)[:, None] ** power
