@@ -70,7 +70,8 @@ def errors(kernel, arrays, reset, mask, *, by_differences=False, **interpret):
 
   The simplest form and float64 run on the CPU, where a product of float32 numbers is one.
   `by_differences`: the gradient of decays is a sum of `q . dq - k . dk` over all later tokens, so
-  that it may be off by what the errors found in `dq`, `dk` and the state make of it, too.
+  that it may be off by what the errors found in `dq`, `dk` and the state, if they are allowed, make
+  of it, too.
   """
   dtype = str(arrays[0].dtype)
   rng = np.random.default_rng(1)
@@ -109,7 +110,7 @@ def errors(kernel, arrays, reset, mask, *, by_differences=False, **interpret):
   for name, one, other, expected in zip(NAMES, d, other_d, gradients, strict=True):
     more = rounding if name == "log_decay" else 0.0
     if name == "log_decay" and by_differences:
-      made = [row.found for row in found[1:4]]
+      made = [np.fmin(row.found, row.allowed) for row in found[1:4]]
       more += passed_on(made, arrays, gradients, cotangents[1], truth[1])
     found.append(measured(f"gradient of {name}", one, other, expected, more))
   return found
