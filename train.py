@@ -20,6 +20,7 @@ flags.mark_flag_as_required("config")
 
 
 def main() -> int:
+  from triform.arch.training.config import keep_lengths
   from triform.arch.training.loop import train
 
   if PROCESSES.value is not None:
@@ -27,7 +28,9 @@ def main() -> int:
   file, _, variant = cli.early_flag("config").partition(":")
   name = "_".join(filter(None, (Path(file).stem, variant)))
   workdir = WORKDIR.value or Path("runs") / name
-  if not train(CONFIG.value, workdir, profile=PROFILE.value) and hosts.is_first():
+  config = CONFIG.value
+  keep_lengths(config, config_flags.get_override_values(flags.FLAGS["config"]))
+  if not train(config, workdir, profile=PROFILE.value) and hosts.is_first():
     print(f"stopped; what was done is in {workdir}, and the same command goes on from there")
   return 0
 

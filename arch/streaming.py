@@ -96,10 +96,17 @@ def read_samples(file: int) -> Iterator[np.ndarray]:  # int16[n] each
   """Raw samples from a file descriptor, as soon as there are any; half a sample at the end is none.
 
   What is there is not waited for to be more.
+
+  Raises:
+    ValueError: if it begins like a WAV or FLAC file.
   """
-  rest = b""
+  rest, first = b"", True
   while data := os.read(file, BYTES):
     data = rest + data
+    if first and data.startswith((b"RIFF", b"fLaC")):
+      kind = "WAV" if data.startswith(b"RIFF") else "FLAC"
+      raise ValueError(f"standard input is a {kind} file, expected raw samples: give its path")
+    first = False
     whole = len(data) // 2 * 2
     rest = data[whole:]
     if whole:

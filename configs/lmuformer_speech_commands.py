@@ -13,8 +13,10 @@ no such archive. Other than in the published code
 - noise is the data set's recordings, of mean 0; there, uniform numbers above 0 on the features;
 - a clip is mixed with one of its batch; there, with any;
 - the feature of mel filter 3, which sees nothing, is 0 instead of a constant;
-- the learning rate falls in every step instead of every ten epochs;
-- the last checkpoint is what is evaluated; there, the one of the best validation accuracy.
+- the learning rate falls in every step; there, every ten epochs, the first ten at its peak;
+- all is computed in float32; there, in float16 where PyTorch's autocast says so;
+- the last checkpoint is what is evaluated; there, the one of the best validation accuracy
+  (`--config.checkpoint.best` and `eval.py --best` take that of the lowest validation loss).
 """
 
 from triform.arch.training.config import default_config

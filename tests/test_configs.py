@@ -15,6 +15,8 @@ from triform.arch.interface import FORMS
 from triform.arch.layout import split_model
 from triform.arch.models import laid_out
 from triform.arch.sharding import make_mesh
+from triform.arch.training.config import LENGTHS, keep_lengths
+from triform.arch.training.loop import count_steps
 from triform.arch.training.optimizer import schedule
 from triform.arch.training.program import make_program
 
@@ -51,10 +53,21 @@ def test_docstring_tells_the_parameter_count(path):
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_config_is_consistent(path):
   config = load_module(path).get_config()
-  schedule(config.optimizer, config.total_steps)
+  schedule(config.optimizer, count_steps(config, math.ceil))
   assert config.form in FORMS and config.eval.form in FORMS
   length = config.get("seq_len", STEPS)
   assert flops.train_flops_per_token(config.model, length, config.form) > 0
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_a_length_in_other_units_takes_the_place_of_the_files(path):
+  for name in LENGTHS:
+    config = load_module(path).get_config()
+    if name in config:
+      config[name] = length = config.batch_size * config.get("seq_len", 1) * 7
+      keep_lengths(config, {"batch_size": 3, name: length})
+      steps = 7 if name == "total_tokens" else length
+      assert count_steps(config, lambda epochs: epochs) == steps
 
 
 def batch_of(config):
@@ -77,7 +90,7 @@ def test_training_step_compiles(path):
   """From shapes alone, at the size it has: nothing is allocated."""
   config = load_module(path).get_config()
   config.model = laid_out(config.model, scan_layers=True)  # as on an accelerator
-  program = make_program(config, make_mesh(config.mesh), config.total_steps)
+  program = make_program(config, make_mesh(config.mesh), STEPS)
   compiled = program.step.lower(program.abstract, batch_of(config), jnp.int32(0)).compile()
   state = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(program.abstract))
   assert compiled.memory_analysis().argument_size_in_bytes >= state

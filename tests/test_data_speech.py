@@ -294,17 +294,25 @@ def write_bad(root: Path) -> None:
 
 def test_bad_files_stop_the_run_unless_told_otherwise(tmp_path, opened, capsys):
   write_bad(tmp_path / "data")
-  message = r"data/maybe/.*_nohash_0.wav .*; files that cannot be used: 5, data.on_bad=skip goes on"
+  message = (
+    r"data/maybe/.*_nohash_0.wav .*; files that cannot be used: 5, each with its reason in "
+    r"(.*/left_out.txt); data.on_bad=skip goes on"
+  )
   for _ in range(2):  # prepared or not
     with pytest.raises(ValueError, match=message) as caught:
       opened()
   assert "\n" not in str(caught.value)
+  each = Path(re.search(message, str(caught.value))[1]).read_text().splitlines()
+  bad = sorted(path for path in (tmp_path / "data").rglob("*.wav") if path.parent.name not in WORDS)
+  assert sorted(line.split()[0] for line in each) == [
+    path.relative_to(tmp_path / "data").as_posix() for path in bad
+  ]
   capsys.readouterr()
   data = opened(on_bad="skip")
   assert data.labels == ("no", "yes") and len(data.examples("train")) == 4
   assert "noise" not in data.examples("train")[0]
   said = capsys.readouterr().err.splitlines()
-  assert len(said) == 4
+  assert len(said) == 5 and said.pop().endswith("left_out.txt")
   for kind, count, example in (
     ("empty", 2, "maybe/a_nohash_0.wav is an empty file|maybe/b_nohash_0.wav has no samples"),
     ("no WAV or FLAC", 1, "maybe/c_nohash_0.wav is neither WAV nor FLAC"),
@@ -332,6 +340,36 @@ def test_other_kinds_are_converted_and_counted(tmp_path, opened, capsys):
   assert (by_label["two"]["inputs"] == 150).all()
   assert by_label["slow"]["mask"].sum() == 500
   assert abs(by_label["slow"]["inputs"][250] - 100) <= 1
+
+
+def test_what_is_not_used_is_told(tmp_path, opened, capsys):
+  folder = tmp_path / "data"
+  write_words(folder, ("no", "yes"), {"train": 2})
+  (folder / "LICENSE").write_text("of all")
+  for name in ("no/a.mp3", "maybe/b.ogg", "maybe/c.mp3"):
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).write_bytes(b"")
+  assert opened().labels == ("no", "yes")
+  assert "files not used, neither .wav nor .flac: 3, such as maybe/b.ogg" in capsys.readouterr().err
+  clips = sorted(path.relative_to(folder).as_posix() for path in folder.glob("*/*.wav"))
+  (folder / "train_list.tsv").write_text(f"{clips[1]}\tno\n{clips[2]}\tyes\n")
+  assert len(opened().examples("train")) == 2
+  assert f"files not used, in no list: 2, such as {clips[0]}" in capsys.readouterr().err
+
+
+def test_a_link_to_nothing_is_a_bad_file(tmp_path, opened):
+  write_words(tmp_path / "data", ("no", "yes"), {"train": 1})
+  (tmp_path / "data" / "no" / "gone.wav").symlink_to("nowhere.wav")
+  with pytest.raises(ValueError, match=r"data/no/gone.wav cannot be read: No such file"):
+    opened()
+
+
+def test_a_folder_around_all_is_passed_over(tmp_path, opened):
+  write_words(tmp_path / "outer" / "data", ("no", "yes"), {"train": 2, "test": 1})
+  (tmp_path / "outer" / "data" / "LICENSE").write_text("of all")
+  expected = rows(opened(tmp_path / "outer" / "data"), "train")
+  assert_same(rows(opened(tmp_path / "outer"), "train"), expected)
+  assert_same(rows(opened(pack(tmp_path / "outer", tmp_path / "data.tar.gz")), "train"), expected)
 
 
 def test_flac_is_read_beside_wav(tmp_path, opened):

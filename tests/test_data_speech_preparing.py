@@ -28,7 +28,7 @@ def opened(tmp_path):
 
 
 def prepared(tmp_path) -> list[Path]:
-  return sorted((tmp_path / "cache").glob("tfds/speech_clips/*/1.0.0"))
+  return sorted((tmp_path / "cache").glob("tfds/speech_clips/*/1.1.0"))
 
 
 def test_clips_are_prepared_once(tmp_path, opened, monkeypatch):
@@ -94,7 +94,7 @@ def test_what_a_killed_preparation_left_is_removed(tmp_path, opened):
   process = subprocess.run([sys.executable, "-c", KILLED, *arguments], capture_output=True)
   assert process.returncode == -signal.SIGKILL, process.stderr
   folder = tmp_path / "cache" / "tfds" / "speech_clips"
-  assert ".1.0.0.partial" in {path.name for path in folder.glob("*/*")}
+  assert ".1.1.0.partial" in {path.name for path in folder.glob("*/*")}
   assert not prepared(tmp_path)
   assert len(opened().examples("train")) == 4
-  assert {path.name for path in folder.glob("*/*")} == {"1.0.0", ".1.0.0.lock"}
+  assert {path.name for path in folder.glob("*/*")} == {"1.1.0", ".1.1.0.lock"}

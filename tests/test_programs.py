@@ -183,11 +183,12 @@ def test_train_has_a_default_workdir_and_says_that_it_was_stopped(folder, tmp_pa
   data = folder / "stdlib"
   command = [sys.executable, str(ROOT / "train.py"), "--config=small.py:3"]
   command += [f"--config.data.path={data}", f"--config.data.dir={tmp_path / 'data'}"]
+  command += ["--config.total_tokens=64_000_000"]  # the file gives steps, which these replace
   with subprocess.Popen(
     command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
   ) as child:
     try:
-      assert child.stdout.readline().startswith("step 1/1000000")
+      assert child.stdout.readline().startswith("step 1/2000000")
       child.send_signal(signal.SIGINT)
       out, err = child.communicate(timeout=120)
     finally:

@@ -156,6 +156,16 @@ def test_samples_that_come_in_halves():
   np.testing.assert_array_equal(np.concatenate(got), sound)
 
 
+@pytest.mark.parametrize(("data", "kind"), [(b"RIFF____WAVEfmt ", "WAV"), (b"fLaC____", "FLAC")])
+def test_a_file_on_standard_input_is_not_taken_for_samples(data, kind):
+  read, write = os.pipe()
+  os.write(write, data)
+  os.close(write)
+  with pytest.raises(ValueError, match=f"is a {kind} file, expected raw samples: give its path"):
+    list(read_samples(read))
+  os.close(read)
+
+
 @pytest.mark.parametrize(
   ("arguments", "named"),
   [

@@ -145,7 +145,7 @@ def test_it_is_loaded_exported_and_evaluated(run, folder, tmp_path):
 
 def test_epochs_the_best_checkpoint_and_several_parts(folder, tmp_path):
   changes = {"accumulate": 2, "checkpoint.best": True, "average_decay": 0.5, "data.workers": 1}
-  config = config_of(folder, total_epochs=0.5, label_smoothing=0.1, **changes)
+  config = config_of(folder, total_steps=None, total_epochs=0.5, label_smoothing=0.1, **changes)
   assert train(config, tmp_path)
   assert lines(tmp_path)[-1]["step"] == 5  # half of 95 examples, ten at a time
   step, kept = restore(tmp_path / "best", lambda saved: saved)

@@ -224,7 +224,7 @@ def test_the_checkpoint_of_the_lowest_loss_is_kept(corpus, tmp_path):
   ("change", "steps"), [({"total_tokens": 5 * 2 * 16 - 1}, 5), ({"total_epochs": 0.01}, None)]
 )
 def test_length_in_tokens_or_epochs(corpus, tmp_path, change, steps):
-  config = config_of(corpus, total_steps=10**6, **change)
+  config = config_of(corpus, **{"total_steps": None, **change})
   assert train(config, tmp_path)
   data = load_text(config.data, config.model.vocab_size)
   steps = steps or data.batches(seq_len=16, batch_size=2, seed=0).steps(0.01)
@@ -275,7 +275,9 @@ def test_profile_writes_a_trace(corpus, tmp_path):
     ({"mesh": "fsdp=64"}, "mesh is 'fsdp=64' of 64 devices"),
     ({"optimizer.name": "sgdx"}, "optimizer.name is 'sgdx', expected one of adamw, lion"),
     ({"sharding_rules": ((r"^nothing$", ()),)}, "no sharding rule matches parameter"),
-    ({"total_tokens": 9, "total_epochs": 1.0}, "both given"),
+    ({"total_epochs": 1.0}, "is total_steps=12 and total_epochs=1.0, expected one of total_steps,"),
+    ({"total_steps": None}, "the length of the run is nothing, expected one of total_steps,"),
+    ({"total_steps": 0}, "total_steps is 0, expected more than 0"),
     ({"model.remat": "some"}, "remat is 'some', expected one of none, dots, full"),
     ({"model.vocab_size": 100}, "needs vocab_size >= 257"),
   ],

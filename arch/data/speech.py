@@ -93,8 +93,9 @@ class SpeechCommands:
     self._folder = speech_clips(path, length=self.length, sample_rate=sample_rate, folder=folder)
     metadata = _builder(self._folder).info.metadata
     report(
-      {name: metadata[name] for name in ("bad", "converted")},  # which are loaded when asked for
+      {name: metadata[name] for name in ("bad", "converted", "unused")},  # loaded when asked for
       path,
+      self._folder,
       skip=skip,
     )
     self._noise_lengths = tuple(metadata["lengths"])

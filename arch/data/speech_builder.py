@@ -17,6 +17,7 @@ from .speech_lists import Clip
 from .tfds_sets import prepared
 
 NOISE_SPLIT = "noise"
+COMPLAINTS = "left_out.txt"  # beside the records: a line for every file that cannot be used
 
 _NOISE_LENGTHS = 10  # sequences that a recording of noise has at least: a tenth of it is a part
 _MORE_THAN_A_BIT = 1.1
@@ -29,7 +30,8 @@ class SpeechClips(tfds.core.GeneratorBasedBuilder, skip_registration=True):
   Recordings of noise are whole, in a split of their own. Splits without a record do not exist.
   Records lie in the order of their paths, and the data set's metadata tells of them without a look
   at them: `names` of the classes, sorted, the classes of every split by number, `classes`, the
-  `lengths` of the recordings of noise, and how many files are `bad` and `converted`, by kind.
+  `lengths` of the recordings of noise, and how many files are `bad`, `converted` and `unused`, by
+  kind. What is wrong with each bad one is in `complaints`.
 
   Args:
     files: to read.
@@ -39,7 +41,7 @@ class SpeechClips(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     kwargs: of every TFDS builder.
   """
 
-  VERSION = tfds.core.Version("1.0.0")
+  VERSION = tfds.core.Version("1.1.0")
   # TFDS would look these up through importlib.resources, which fails inside a namespace package
   # that is installed in editable mode.
   code_path = Path(__file__)
@@ -47,6 +49,7 @@ class SpeechClips(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
   def __init__(self, files: Files, *, length: int, sample_rate: int, config: str, **kwargs: Any):
     self._files, self._length, self._sample_rate = files, length, sample_rate
+    self.complaints: list[str] = []
     super().__init__(
       config=tfds.core.BuilderConfig(name=config), file_format="array_record", **kwargs
     )
@@ -65,18 +68,21 @@ class SpeechClips(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         }
       ),
       disable_shuffling=True,
-      metadata=tfds.core.MetadataDict(names=[], classes={}, lengths=[], bad={}, converted={}),
+      metadata=tfds.core.MetadataDict(
+        names=[], classes={}, lengths=[], bad={}, converted={}, unused={}
+      ),
     )
 
   def _split_generators(self, dl_manager):
     del dl_manager
-    clips, noise = find_clips(self._files)
+    clips, noise, unused = find_clips(self._files)
     every = [clip.path for clip in itertools.chain(*clips.values())] + noise
     if any(path.lower().endswith(".flac") for path in every):
       soundfile_module()  # or every such file would be called bad
     metadata = self.info.metadata
     metadata["names"] = sorted({clip.label for clip in itertools.chain(*clips.values())})
     metadata["classes"] = {split: [] for split in clips}
+    metadata["unused"] = {reason: [len(paths), paths[0]] for reason, paths in unused.items()}
     splits = {split: self._clips(split, found) for split, found in clips.items()}
     splits[NOISE_SPLIT] = self._noise(noise)
     filled = {}
@@ -85,9 +91,9 @@ class SpeechClips(tfds.core.GeneratorBasedBuilder, skip_registration=True):
       if first is not None:
         filled[split] = itertools.chain([first], records)
     if not filled.keys() - {NOISE_SPLIT}:
-      first, count = _first_bad(metadata)
       raise ValueError(
-        f"{self._files.name} has no clip that can be used, {count} files cannot: {first}"
+        f"{self._files.name} has no clip that can be used, {len(self.complaints)} files cannot: "
+        f"{self.complaints[0]}"
       )
     return filled
 
@@ -113,7 +119,7 @@ class SpeechClips(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         continue
       if len(samples) < least:
         message = f"{path} has {len(samples)} samples, expected at least {least} of noise"
-        self._count("bad", "too short", message)
+        self._refuse("too short", message)
         continue
       self.info.metadata["lengths"].append(len(samples))
       yield path, {"audio": samples, "label": NOISE, "path": path}
@@ -123,11 +129,15 @@ class SpeechClips(tfds.core.GeneratorBasedBuilder, skip_registration=True):
       data = self._files.read(path)
       audio = read_audio(data, sample_rate=self._sample_rate, name=path)
     except BadAudioError as error:
-      self._count("bad", error.kind, str(error))
+      self._refuse(error.kind, str(error))
       return None
     for kind in audio.converted:
       self._count("converted", kind, path)
     return audio.samples
+
+  def _refuse(self, kind: str, complaint: str) -> None:
+    self._count("bad", kind, complaint)
+    self.complaints.append(complaint)
 
   def _count(self, what: str, kind: str, example: str) -> None:
     self.info.metadata[what].setdefault(kind, [0, example])[0] += 1
@@ -159,30 +169,36 @@ def speech_clips(path: Path, *, length: int, sample_rate: int, folder: Path) -> 
       builder = prepared(lambda: SpeechClips(files, data_dir=whole, **options))
     for file in Path(builder.data_path).iterdir():
       file.rename(temporary / file.name)
+    if builder.complaints:
+      (temporary / COMPLAINTS).write_text("\n".join(builder.complaints) + "\n")
     shutil.rmtree(whole)
 
   return prepared_folder(target, prepare)
 
 
-def report(metadata: dict[str, Any], path: Path, *, skip: bool) -> None:
+def report(metadata: dict[str, Any], path: Path, folder: Path, *, skip: bool) -> None:
   """Says on stderr how many files were left out or converted: a line for every kind.
+
+  Args:
+    metadata: of the data set.
+    path: of the files.
+    folder: they are prepared in.
+    skip: whether to go on without those that cannot be used.
 
   Raises:
     ValueError: unless `skip`, if there are any that cannot be used.
   """
-  bad, converted = metadata["bad"], metadata["converted"]
+  bad = metadata["bad"]
   if bad and not skip:
-    first, count = _first_bad(metadata)
+    (_, first), *_ = bad.values()
+    count = sum(count for count, _ in bad.values())
     raise ValueError(
-      f"{path}/{first}; files that cannot be used: {count}, data.on_bad=skip goes on without them"
+      f"{path}/{first}; files that cannot be used: {count}, each with its reason in "
+      f"{folder / COMPLAINTS}; data.on_bad=skip goes on without them"
     )
-  for kind, (count, example) in bad.items():
-    print(f"{path}: files left out as {kind}: {count}, such as {example}", file=sys.stderr)
-  for kind, (count, example) in converted.items():
-    print(f"{path}: files converted, {kind}: {count}, such as {example}", file=sys.stderr)
-
-
-def _first_bad(metadata: dict[str, Any]) -> tuple[str, int]:
-  """What is wrong with the first file of all that are bad, and their number."""
-  kinds = metadata["bad"].values()
-  return next(iter(kinds))[1], sum(count for count, _ in kinds)
+  told = {"left out as": bad, "not used,": metadata["unused"], "converted,": metadata["converted"]}
+  for what, kinds in told.items():
+    for kind, (count, example) in kinds.items():
+      print(f"{path}: files {what} {kind}: {count}, such as {example}", file=sys.stderr)
+  if bad:
+    print(f"{path}: each that was left out is in {folder / COMPLAINTS}", file=sys.stderr)

@@ -4,7 +4,8 @@
     _background_noise_/*.wav      long recordings without words
     testing_list.txt, ...         what is in which split, see `speech_lists`
 
-All else that lies there, such as a licence, is left alone.
+A single folder around all of it is passed over. All else that lies there, such as a
+licence, is left alone; of files beside the clips that are none, `find_clips` tells.
 """
 
 import contextlib
@@ -13,7 +14,7 @@ import shutil
 import tarfile
 import tempfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Protocol
 
@@ -42,18 +43,21 @@ class Folder:
   """`Files` under a folder; hidden ones and those further down do not count."""
 
   def __init__(self, path: Path):
-    self.name, self._path = str(path), path
-    self._status = {}
+    self.name, self._status = str(path), {}
     try:
-      for entry in path.iterdir():
-        if entry.name.startswith("."):
-          continue
-        inside = entry.iterdir() if entry.is_dir() else [entry]
-        for file in inside:
-          if not file.name.startswith(".") and file.is_file():
+      entries = _visible(path)
+      if len(entries) == 1 and any(entry.is_dir() for entry in _visible(entries[0])):
+        (path,) = entries
+        entries = _visible(path)
+      for entry in entries:
+        for file in _visible(entry) or [entry]:
+          if file.is_file():
             self._status[file.relative_to(path).as_posix()] = file.stat()
+          elif file.is_symlink() and not file.exists():  # it cannot be read, which is told
+            self._status[file.relative_to(path).as_posix()] = file.lstat()
     except OSError as error:
       raise ValueError(f"{path} cannot be listed: {error}") from error
+    self._path = path
     self.paths = sorted(self._status)
 
   def size(self, path: str) -> int:
@@ -78,12 +82,14 @@ class _Archive:
 
   def __init__(self, path: Path, tar: tarfile.TarFile):
     self.name, self._tar = str(path), tar
-    self._members = {}
+    members = {}
     for member in tar:
       name = member.name.removeprefix("./")
-      parts = name.split("/")
-      if member.isfile() and len(parts) <= 2 and not any(p.startswith(".") for p in parts):
-        self._members[name] = member
+      if member.isfile() and not any(part.startswith(".") for part in name.split("/")):
+        members[name] = member
+    around = _folder_around(members)
+    members = {name.removeprefix(around): member for name, member in members.items()}
+    self._members = {name: m for name, m in members.items() if name.count("/") <= 1}
     self.paths = sorted(self._members)
 
   def size(self, path: str) -> int:
@@ -94,6 +100,20 @@ class _Archive:
       return self._tar.extractfile(self._members[path]).read()
     except (OSError, EOFError, tarfile.TarError) as error:
       raise BadAudioError(f"{path} cannot be read: {error}", "unreadable") from error
+
+
+def _visible(path: Path) -> list[Path]:
+  """What is in a folder, but for what is hidden; nothing is in a file."""
+  inside = path.iterdir() if path.is_dir() else []
+  return [entry for entry in inside if not entry.name.startswith(".")]
+
+
+def _folder_around(names: Iterable[str]) -> str:
+  """Of files at `around/label/name` the folder that all of them are in, if there is one."""
+  names = list(names)
+  tops = {name.partition("/")[0] for name in names}
+  deep = any(name.count("/") == 2 for name in names)
+  return f"{tops.pop()}/" if deep and len(tops) == 1 else ""
 
 
 def check_path(path: str | Path) -> Path:
@@ -150,13 +170,16 @@ def opened(path: Path, scratch: Path) -> Iterator[Files]:
     yield archive
 
 
-def find_clips(files: Files) -> tuple[dict[str, list[Clip]], list[str]]:
-  """The clips of every split, and the paths of the recordings of noise.
+def find_clips(files: Files) -> tuple[dict[str, list[Clip]], list[str], dict[str, list[str]]]:
+  """The clips of every split, the paths of the recordings of noise, and of what is not used.
+
+  Not used are, by the reason, files beside the clips of a word that are no audio by their names,
+  and clips that the lists leave out.
 
   Raises:
     ValueError: if there are no clips, or lists are wrong.
   """
-  lists, clips, noise = {}, [], []
+  lists, clips, noise, other = {}, [], [], []
   for path in files.paths:
     folder, slash, name = path.rpartition("/")
     if not slash:
@@ -164,11 +187,19 @@ def find_clips(files: Files) -> tuple[dict[str, list[Clip]], list[str]]:
         lists[name] = _text(files, path)
     elif name.lower().endswith(ENDINGS):
       (noise if folder == NOISE else clips).append(path)
+    elif folder != NOISE:
+      other.append(path)
   if not clips:
     raise ValueError(
       f"{files.name} has no clips, expected files such as yes/0a7c2a8d_nohash_0.wav or .flac"
     )
-  return split_clips(clips, lists, files.name), noise
+  splits = split_clips(clips, lists, files.name)
+  listed = {clip.path for found in splits.values() for clip in found}
+  unused = {
+    f"neither {' nor '.join(ENDINGS)}": other,
+    "in no list": [path for path in clips if path not in listed],
+  }
+  return splits, noise, {reason: paths for reason, paths in unused.items() if paths}
 
 
 def _text(files: Files, path: str) -> str:

@@ -24,12 +24,13 @@ class Augmentation:
       Beta(`mixup_alpha`, `mixup_alpha`), and their classes likewise (arXiv 1710.09412).
     noise: probability that noise is added, from `lowest_snr` to `highest_snr` decibels below the
       clip: of the data set's recordings, where it has some (`noise` in a batch), else with a random
-      spectrum, from white to brown.
+      spectrum, from white to brown. Power counts at all frequencies; of the brownest noise 3 % of
+      it is above 20 Hz, where mels begin.
     prefixes: probability that only the beginning of a clip is heard, at least `shortest_prefix`
       milliseconds of it, so that answers before its end are learnt too.
     frequency_masks, time_masks: so many stripes of features, of random widths below
-      `frequency_width` features and `time_width` frames, are set to 0, their mean (SpecAugment,
-      arXiv 1904.08779).
+      `frequency_width` features and `time_width` frames, are set to 0, the mean of log-mels as
+      they are normalised by default (SpecAugment, arXiv 1904.08779).
   """
 
   gain: float = 0.0

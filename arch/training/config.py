@@ -1,6 +1,7 @@
 """The configuration every file in `configs/` starts from."""
 
 import dataclasses
+from collections.abc import Collection
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -9,6 +10,8 @@ from ml_collections.config_dict import placeholder
 from ..models import fields
 from ..models.registry import find
 from .augmentation import Augmentation
+
+LENGTHS = ("total_steps", "total_epochs", "total_tokens")  # of a run, of which one is given
 
 
 def default_config(data: str | None = None, **model) -> ConfigDict:
@@ -36,7 +39,7 @@ def default_config(data: str | None = None, **model) -> ConfigDict:
       "batch_size": 8,  # windows, or examples, in a step, over all devices
       "accumulate": 1,  # parts a step's batch is computed in, one after another
       "form": "chunkwise",  # algorithm of the training step
-      "total_steps": 1000,  # or, if given, what takes its place:
+      "total_steps": placeholder(int),  # or one of the other `LENGTHS`
       "total_epochs": placeholder(float),
       "log_every_steps": 10,
       # Of an average of the parameters, which then is used; at first (1 + step) / (10 + step).
@@ -75,6 +78,14 @@ def default_config(data: str | None = None, **model) -> ConfigDict:
   )
 
 
+def keep_lengths(config: ConfigDict, given: Collection[str]) -> None:
+  """Leaves of a run's lengths those `given`, if any: a flag's takes the place of a file's."""
+  if any(name in given for name in LENGTHS):
+    for name in LENGTHS:
+      if name in config and name not in given:
+        config[name] = None
+
+
 def _language() -> dict[str, Any]:
   """What only language models have."""
   return {
@@ -92,7 +103,7 @@ def _language() -> dict[str, Any]:
       "dir": placeholder(str),  # prepared data; default see arch/caches.py
     },
     "seq_len": 512,  # tokens in a training window
-    "total_tokens": placeholder(int),  # in the place of total_steps
+    "total_tokens": placeholder(int),
     "z_loss": 0.0,  # weight of the squared log-partition function
     "eval": {
       "max_tokens": placeholder(int),  # of the held-out documents; default all

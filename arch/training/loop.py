@@ -23,6 +23,7 @@ from ..vocabulary import load_vocabulary, save_vocabulary
 from . import workdir as workdirs
 from .best import Best
 from .checkpoints import Checkpoints, has_checkpoint
+from .config import LENGTHS
 from .config_json import encode_config, flatten
 from .metrics import MetricWriter
 from .optimizer import schedule
@@ -35,7 +36,6 @@ _POSITIVE = (
   "seq_len",
   "batch_size",
   "accumulate",
-  "total_steps",
   "log_every_steps",
   "eval.every_steps",
   "eval.seq_len",
@@ -180,15 +180,22 @@ def _stops(config: ConfigDict, step: int, asked: bool) -> bool:
 
 
 def count_steps(config: ConfigDict, steps_of_epochs: Callable[[float], int]) -> int:
-  """The steps of a run: by `total_tokens` or `total_epochs` if given, else `total_steps`."""
-  total_tokens = config.get("total_tokens")  # only texts have
-  if total_tokens is not None and config.total_epochs is not None:
-    raise ValueError("total_tokens and total_epochs are both given, expected at most one")
-  if total_tokens is not None:
-    return max(math.ceil(total_tokens / (config.batch_size * config.seq_len)), 1)
-  if config.total_epochs is not None:
-    return steps_of_epochs(config.total_epochs)
-  return config.total_steps
+  """The steps of a run."""
+  name, length = _length(config)
+  if name == "total_tokens":
+    return max(math.ceil(length / (config.batch_size * config.seq_len)), 1)
+  return steps_of_epochs(length) if name == "total_epochs" else length
+
+
+def _length(config: ConfigDict) -> tuple[str, float]:
+  given = [(name, config[name]) for name in LENGTHS if config.get(name) is not None]
+  if len(given) != 1:
+    told = " and ".join(f"{name}={length}" for name, length in given) or "nothing"
+    raise ValueError(f"the length of the run is {told}, expected one of {', '.join(LENGTHS)}")
+  ((name, length),) = given
+  if not length > 0:
+    raise ValueError(f"{name} is {length}, expected more than 0")
+  return name, length
 
 
 class _Meter:
@@ -259,6 +266,7 @@ def _check(config: ConfigDict) -> None:
   for name in _POSITIVE:
     if name in fields and fields[name] < 1:  # each task has its own
       raise ValueError(f"{name} is {fields[name]}, expected at least 1")
+  _length(config)
   for name in ("form", "eval.form"):
     if fields[name] not in FORMS:
       raise ValueError(f"{name} is {fields[name]!r}, expected one of {', '.join(FORMS)}")
