@@ -24,6 +24,7 @@ from .layout import split_model
 COLOURS = {"white": 0, "pink": 1, "brown": 2}  # noise whose power falls as 1 / f^n
 LOWEST_PITCH = 20.0  # hertz, below which noise has nothing: of brown noise it would be nearly all
 LEVELS = -60.0, -20.0  # decibels of full scale
+FIRST_HEARD = 100.0  # milliseconds
 
 
 def class_logits(
@@ -181,42 +182,23 @@ def calibration(logits: np.ndarray, targets: np.ndarray, *, bins: int = 15) -> d
 
 def milliseconds_heard(
   model: SequenceModule,
-  examples: Rows,
-  *,
-  every: float = 50.0,
-  first: float = 100.0,
-  form: Form = "chunkwise",
-  batch_size: int = 100,
+  logits: np.ndarray,  # [1 + prefixes, n, classes]
+  targets: np.ndarray,  # [n]
+  step: int,
+  length: int,
 ) -> list[list[float]]:
   """Accuracy of the answers about the first so many milliseconds of audio: `[[ms, accuracy], ...]`.
 
   Nothing behind them is heard, not by the front end and not by look-ahead: the model answers as if
-  the recording ended there. The last is of whole clips; shorter ones count as heard whole. See
-  `class_logits` for how it is computed.
+  the recording ended there. The last is of whole clips; shorter ones count as heard whole.
 
   Args:
     model: with a front end.
-    examples: of samples.
-    every: milliseconds from one to the next, rounded to samples.
-    first: the fewest milliseconds.
-    form: as of `class_logits`.
-    batch_size: as of `class_logits`.
+    logits: of `class_logits`, by prefixes of `step` samples.
+    targets: the classes.
+    step: samples from one prefix to the next; those of less than 100 ms are left out.
+    length: samples of a clip.
   """
-  step = samples_of(model, every)
-  logits, targets = class_logits(model, examples, step=step, form=form, batch_size=batch_size)
-  return curve(model, logits, targets, step, len(examples[0]["inputs"]), first=first)
-
-
-def curve(
-  model: SequenceModule,
-  logits: np.ndarray,  # [1 + prefixes, n, classes]
-  targets: np.ndarray,
-  step: int,
-  length: int,
-  *,
-  first: float = 100.0,
-) -> list[list[float]]:
-  """`milliseconds_heard` of the logits of `class_logits`, of clips of `length` samples."""
   rate = model.front_end.analysis.sample_frequency
   ends = [*(step * (i + 1) for i in range(len(logits) - 1)), length]
   shares = (logits.argmax(axis=-1) == targets).mean(axis=-1)
@@ -224,7 +206,7 @@ def curve(
   return [
     [1000 * end / rate, float(share)]
     for end, share in points
-    if end == length or 1000 * end / rate >= first
+    if end == length or 1000 * end / rate >= FIRST_HEARD
   ]
 
 

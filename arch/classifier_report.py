@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from .accuracy import class_logits, curve, false_alarms, measures, samples_of
+from .accuracy import class_logits, false_alarms, measures, milliseconds_heard, samples_of
 from .audio_cost import clip_energy, operations, sizes, speed, spikes
 from .data.batches import Rows
 from .interface import Form, SequenceModule
@@ -70,7 +70,7 @@ def classifier_report(
   }
   if not audio:
     return result
-  result["milliseconds_heard"] = curve(model, logits, targets, step, length)
+  result["milliseconds_heard"] = milliseconds_heard(model, logits, targets, step, length)
   if noise or len(recordings):
     alarms = false_alarms(model, labels, seconds=noise, recordings=recordings, **options)
     result |= {"false_alarms_per_hour": alarms.pop("per_hour"), "false_alarms": alarms}

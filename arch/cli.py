@@ -1,5 +1,6 @@
 """What the command-line programs share: flags with helpful errors, and exit codes."""
 
+import functools
 import os
 import re
 import sys
@@ -21,13 +22,19 @@ _EXAMPLES = {int: 8, float: 0.1, bool: True, str: "text", tuple: "'(1, 2)'"}
 _PARSING_ERRORS = (AttributeError, KeyError, flags.Error, TypeError, ValueError, OSError)
 
 
-def run(main: Callable[[], int]) -> None:
+def run(main: Callable[..., int], *, takes_arguments: bool = False) -> None:
   """Parses the flags, runs `main`, and exits with what it returns.
+
+  With `takes_arguments` there may be others between the flags, which `main` is given as a list.
 
   A mistake of the user's (`ValueError`, `OSError`, a wrong flag) is one line and exit code 1;
   with `--verbosity=1` the traceback too. Ctrl-C is exit code 130.
   """
-  app.run(lambda argv: _guarded(main), flags_parser=_parse)
+  flags.FLAGS.set_gnu_getopt(takes_arguments)
+  app.run(
+    lambda argv: _guarded(main, *([argv[1:]] if takes_arguments else [])),
+    flags_parser=functools.partial(_parse, takes_arguments=takes_arguments),
+  )
 
 
 def define_config(config: ConfigDict) -> flags.FlagHolder:
@@ -57,7 +64,7 @@ def fail(error: object) -> NoReturn:
   sys.exit(1)
 
 
-def _parse(argv: list[str]) -> list[str]:
+def _parse(argv: list[str], *, takes_arguments: bool) -> list[str]:
   try:
     rest = flags.FLAGS(argv)
     if "config" in flags.FLAGS:
@@ -66,7 +73,7 @@ def _parse(argv: list[str]) -> list[str]:
     fail(_explain(error, argv, _without_overrides(argv)))
   if flags.FLAGS["verbosity"].using_default_value:
     flags.FLAGS.verbosity = logging.WARNING  # libraries tell too much at absl's own default
-  if rest[1:]:
+  if rest[1:] and not takes_arguments:
     fail(f"unexpected argument {rest[1]!r}; options are written --name=value")
   return rest
 
@@ -135,9 +142,9 @@ def _names(section: ConfigDict) -> str:
   return ", ".join(sorted(section))
 
 
-def _guarded(main: Callable[[], int]) -> int:
+def _guarded(main: Callable[..., int], *arguments: list[str]) -> int:
   try:
-    return main()
+    return main(*arguments)
   except KeyboardInterrupt:
     print(file=sys.stderr)
     return INTERRUPTED

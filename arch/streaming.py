@@ -142,21 +142,9 @@ def _print(decision: Decision, before: str = "") -> None:
   print(f"{before}{time:.2f} s  {label}  {posterior:.2f}", flush=True)
 
 
-def name_files(arguments: Sequence[str], values: flags.FlagValues) -> list[str]:
-  """The arguments with `--file=` before each that is no flag nor the value of one."""
-  named, value_follows = [], False
-  for argument in arguments:
-    is_flag = argument.startswith("-") and argument != "-" and not value_follows
-    named.append(argument if is_flag or value_follows else f"--file={argument}")
-    name = argument.lstrip("-")
-    value_follows = is_flag and name in values and not values[name].boolean
-  return named
-
-
 if __name__ == "__main__":
   from . import cli
 
-  FILE = flags.DEFINE_multi_string("file", [], "the recording, or - for standard input; or FILE")
   WORKDIR = flags.DEFINE_string("workdir", None, "the run, as given to train.py, or its export")
   STEP = flags.DEFINE_integer("step", None, "the checkpoint to read; default the newest")
   BEST = flags.DEFINE_bool("best", False, "read that of the lowest evaluation loss, if kept")
@@ -166,13 +154,13 @@ if __name__ == "__main__":
   PICTURE = flags.DEFINE_string("picture", None, "draw the posteriors over time to this file")
   flags.mark_flag_as_required("workdir")
 
-  def main() -> int:
-    if len(FILE.value) != 1:
-      given = ", ".join(FILE.value) or "none"
+  def main(files: list[str]) -> int:
+    if len(files) != 1:
+      given = ", ".join(files) or "none"
       raise ValueError(f"expected one FILE, or - for standard input, got {given}")
     listen(
       WORKDIR.value,
-      FILE.value[0],
+      files[0],
       step=STEP.value,
       best=BEST.value,
       threshold=THRESHOLD.value,
@@ -182,5 +170,4 @@ if __name__ == "__main__":
     )
     return 0
 
-  sys.argv[1:] = name_files(sys.argv[1:], flags.FLAGS)
-  cli.run(main)
+  cli.run(main, takes_arguments=True)

@@ -139,12 +139,11 @@ def test_prefixes_are_calls_on_clips_that_are_cut(name):
 def test_the_curve_is_of_true_prefixes_and_counts_look_ahead():
   """What comes later changes no point, though the model looks 50 ms ahead."""
   model, rows = lmuformer(padding="same"), clips(masked=False)
-  points = milliseconds_heard(model, rows, every=100.0, form="parallel", batch_size=5)
-  assert [ms for ms, _ in points] == [100, 200, 300, 400]
   late = [row | {"inputs": np.where(np.arange(SAMPLES) < 400, row["inputs"], 0)} for row in rows]
   logits = [class_logits(model, r, step=200, form="parallel", batch_size=5) for r in (rows, late)]
+  points = milliseconds_heard(model, *logits[0], 200, SAMPLES)
   shares = [(one.argmax(axis=-1) == logits[0][1]).mean() for one in logits[0][0]]
-  assert [share for _, share in points] == shares
+  assert points == [[100 * (i + 1), share] for i, share in enumerate(shares)]
   np.testing.assert_array_equal(logits[0][0][:2], logits[1][0][:2])
   changed = np.abs(logits[0][0][2] - logits[1][0][2])
   assert changed.max() > 1e-2 * np.abs(logits[0][0]).max()

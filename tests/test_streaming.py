@@ -9,7 +9,6 @@ import wave
 
 import numpy as np
 import pytest
-from absl import flags
 from exported import random_folder
 from ml_collections import ConfigDict
 from test_programs import heed_interrupts
@@ -19,7 +18,7 @@ from tiny_run import run_program
 from triform.arch.folder import write_folder
 from triform.arch.layout import split_model, to_stacked
 from triform.arch.recognition import Spotter
-from triform.arch.streaming import listen, name_files, read_samples
+from triform.arch.streaming import listen, read_samples
 
 PROGRAM = "-m", "triform.arch.streaming"
 EAGER = "--threshold=0.34"  # of three classes: any that is a little likelier
@@ -164,21 +163,3 @@ def test_a_file_on_standard_input_is_not_taken_for_samples(data, kind):
   with pytest.raises(ValueError, match=f"is a {kind} file, expected raw samples: give its path"):
     list(read_samples(read))
   os.close(read)
-
-
-@pytest.mark.parametrize(
-  ("arguments", "named"),
-  [
-    ("clip.wav --workdir=a", "--file=clip.wav --workdir=a"),
-    ("--workdir a clip.wav", "--workdir a --file=clip.wav"),
-    ("--workdir a -best -", "--workdir a -best --file=-"),
-    ("--workdir - --nobest clip.wav", "--workdir - --nobest --file=clip.wav"),
-    ("--workdir=a x.wav y.wav", "--workdir=a --file=x.wav --file=y.wav"),
-    ("--wrkdir a", "--wrkdir --file=a"),
-  ],
-)
-def test_files_need_no_flag(arguments, named):
-  values = flags.FlagValues()
-  flags.DEFINE_string("workdir", None, "", flag_values=values)
-  flags.DEFINE_bool("best", False, "", flag_values=values)
-  assert name_files(arguments.split(), values) == named.split()
