@@ -227,7 +227,6 @@ def false_alarms(
   threshold: float = 0.8,
   form: Form = "chunkwise",
   batch_size: int = 100,
-  seed: int = 0,
 ) -> dict[str, Any]:
   """How often the model hears a word where there is only noise.
 
@@ -237,7 +236,7 @@ def false_alarms(
   any confident answer is an alarm. The rate is alarms per hour of noise: none in w windows means
   less than 3 x 3600 / w, with 95 % confidence.
 
-  A third of the `seconds` each are white, pink and brown noise, a function of the seed, whose
+  A third of the `seconds` each are white, pink and brown noise, always the same, whose
   windows are from -60 to -20 decibels of full scale (root mean square) at random, with nothing
   below 20 Hz.
 
@@ -250,7 +249,6 @@ def false_alarms(
     threshold: of probabilities.
     form: the algorithm.
     batch_size: windows in a call.
-    seed: of the noise that is made.
 
   Returns:
     `per_hour`, the numbers of `alarms` and `windows` by kind of noise, and `threshold`.
@@ -263,7 +261,7 @@ def false_alarms(
   if seconds < 0 or seconds % len(COLOURS):
     raise ValueError(f"seconds is {seconds}, expected a multiple of {len(COLOURS)}")
   rate = samples_of(model, 1000)
-  noises = coloured_noise(seconds // len(COLOURS), rate, seed) if seconds else {}
+  noises = coloured_noise(seconds // len(COLOURS), rate) if seconds else {}
   if cuts := [_windows(recording, rate) for recording in recordings]:
     noises["recordings"] = np.concatenate(cuts)
   names = [name for name, windows in noises.items() for _ in windows]
@@ -284,9 +282,9 @@ def false_alarms(
   }
 
 
-def coloured_noise(windows: int, rate: int, seed: int = 0) -> dict[str, np.ndarray]:
+def coloured_noise(windows: int, rate: int) -> dict[str, np.ndarray]:
   """Seconds of noise by colour, int16 `[windows, rate]`; see `false_alarms`."""
-  rng = np.random.default_rng(seed)
+  rng = np.random.default_rng(0)
   pitch = np.fft.rfftfreq(rate, 1 / rate)
   noises = {}
   for name, power in COLOURS.items():

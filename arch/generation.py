@@ -55,15 +55,16 @@ def stream(
   for worst in (ids.min(), ids.max()):
     if not 0 <= worst < model.vocab_size:
       raise ValueError(f"the prompt has id {worst}, expected ids in [0, {model.vocab_size})")
-  for name, value, fits in (
-    ("temperature", temperature, temperature >= 0),
-    ("top_k", top_k, top_k is None or top_k >= 1),
-    ("top_p", top_p, top_p is None or 0 < top_p <= 1),
-    ("vocab_size", vocab_size, vocab_size is None or 1 <= vocab_size <= model.vocab_size),
-    ("max_new_tokens", max_new_tokens, max_new_tokens >= 0),
+  most = model.vocab_size
+  for name, value, fits, expected in (
+    ("temperature", temperature, temperature >= 0, "at least 0"),
+    ("top_k", top_k, top_k is None or top_k >= 1, "at least 1"),
+    ("top_p", top_p, top_p is None or 0 < top_p <= 1, "more than 0 and at most 1"),
+    ("vocab_size", vocab_size, vocab_size is None or 1 <= vocab_size <= most, f"1 to {most}"),
+    ("max_new_tokens", max_new_tokens, max_new_tokens >= 0, "at least 0"),
   ):
     if not fits:
-      raise ValueError(f"{name} is {value}, which is out of range")
+      raise ValueError(f"{name} is {value}, expected {expected}")
   return _stream(model, ids, max_new_tokens, (vocab_size, temperature, top_k, top_p), seed)
 
 

@@ -69,19 +69,16 @@ class InitialParameters(NamedTuple):
   vocabulary: "Vocabulary | None"  # whose ids they know; None if it did not come with them
 
 
-def initial_parameters(
-  path: str | os.PathLike, model: Mapping[str, Any], *, step: int | None = None
-) -> InitialParameters:
+def initial_parameters(path: str | os.PathLike, model: Mapping[str, Any]) -> InitialParameters:
   """Reads the parameters, and statistics, from which to train the model of the section `model`.
 
   Args:
-    path: a work directory (its newest checkpoint, or that of `step`), an exported folder, the
-      folder of a Hugging Face model of flash-linear-attention (with `tokenizer.model`, if it
-      has one), or a torchscale state dict: a folder with torchscale's options in `config.json`
-      beside `model.safetensors` or `model.npz`.
+    path: a work directory (its newest checkpoint), an exported folder, the folder of a Hugging Face
+      model of flash-linear-attention (with `tokenizer.model`, if it has one), or a torchscale state
+      dict: a folder with torchscale's options in `config.json` beside `model.safetensors` or
+      `model.npz`.
     model: the `model` section of the run's configuration. Options that say how a model is
       computed or trained are free; in all others it must be the function that was trained.
-    step: of a work directory.
 
   Returns:
     Arrays in host memory, in the dtypes that `model` has, and the tokenizer or labels.
@@ -91,7 +88,7 @@ def initial_parameters(
   """
   from .interop.saved import open_published
 
-  saved = open_published(Path(path)) or _open(Path(path), step)
+  saved = open_published(Path(path)) or _open(Path(path))
   _check_options(path, saved.config["model"], model)
   expected = expected_leaves(model)
   check_leaves(path, saved.tensors, expected, dtypes=False)
@@ -125,7 +122,7 @@ def open_workdir(workdir: Path, step: int | None = None, best: bool = False) -> 
   return Saved(config, step, tensors, load_vocabulary(workdir))
 
 
-def _open(path: Path, step: int | None, best: bool = False) -> "Saved":
+def _open(path: Path, step: int | None = None, best: bool = False) -> "Saved":
   from .folder import is_folder, read_folder
 
   if not is_folder(path):

@@ -1,7 +1,8 @@
 """Pure functions for sequence mixing, usable from any JAX code: no Flax, no state of their own.
 
-Axis letters, everywhere: `b` batch, `t` time, `h` heads, `g` key/value heads, `k` key size,
-`v` value size, `c` chunk, `n` number of chunks.
+Axis letters: `b` batch, `t` time, `s` tokens that are attended to, `h` heads, `g` key/value heads,
+`k` key size, `v` value size, `d` features, `c` chunk; `n` number of chunks, and the order of a
+Legendre memory.
 """
 
 from .attention import KVCache, attention, new_cache, relative_buckets

@@ -16,11 +16,11 @@ from flax import nnx
 from triform.arch.interface import FORMS
 from triform.arch.interop.lmu import (
   cell_from_lmuformer,
-  cell_to_lmuformer,
   from_keras_lmu,
   read_theta,
   to_keras_lmu,
 )
+from triform.arch.interop.lmuformer import to_lmuformer
 from triform.arch.layout import split_model, to_stacked
 from triform.arch.mixers.lmu import LMU, LMUState
 from triform.kernels.lmu.tables import transition
@@ -151,7 +151,7 @@ def assert_same_gradients(case, got, expected, most):
 @pytest.mark.parametrize("x64", [False, True])
 def test_exporters_are_the_inverse(case, x64):
   config, params = published(case)
-  convert = to_keras_lmu if case.startswith("keras") else cell_to_lmuformer
+  convert = to_keras_lmu if case.startswith("keras") else to_lmuformer
   with jax.enable_x64(x64):
     layer = layer_of(case)
     told, back = convert(layer)
@@ -378,18 +378,18 @@ FED = {"input_activation": "linear", "hidden_to_memory": True}
       {"input_activation": "linear", "hidden_cell": sine},
       "the cell's activation_fn is .* cannot be converted; expected that of linear, relu",
     ),
-    (cell_to_lmuformer, {"channels": 2}, "channels is 2, which cannot be converted; expected 1"),
-    (cell_to_lmuformer, {"hidden_size": None}, "hidden_size is None, which cannot be converted"),
-    (cell_to_lmuformer, {"discretizer": "euler"}, "discretizer is 'euler', which cannot be"),
-    (cell_to_lmuformer, {"input_to_hidden": False}, "input_to_hidden is False, which cannot be"),
-    (cell_to_lmuformer, {"hidden_activation": "tanh"}, "hidden_activation is 'tanh', which cannot"),
-    (cell_to_lmuformer, {"hidden_to_memory": True}, "hidden_to_memory is True, which cannot be"),
-    (cell_to_lmuformer, {"memory_to_memory": True}, "memory_to_memory is True, which cannot be"),
-    (cell_to_lmuformer, {"use_bias": False}, "use_bias is False, which cannot be converted"),
-    (cell_to_lmuformer, {"hidden_bias": False}, "hidden_bias is False, which cannot be converted"),
-    (cell_to_lmuformer, {**FED, "hidden_cell": other}, "hidden_cell is a Cell, which cannot be"),
+    (to_lmuformer, {"channels": 2}, "channels is 2, which cannot be converted; expected 1"),
+    (to_lmuformer, {"hidden_size": None}, "hidden_size is None, which cannot be converted"),
+    (to_lmuformer, {"discretizer": "euler"}, "discretizer is 'euler', which cannot be"),
+    (to_lmuformer, {"input_to_hidden": False}, "input_to_hidden is False, which cannot be"),
+    (to_lmuformer, {"hidden_activation": "tanh"}, "hidden_activation is 'tanh', which cannot"),
+    (to_lmuformer, {"hidden_to_memory": True}, "hidden_to_memory is True, which cannot be"),
+    (to_lmuformer, {"memory_to_memory": True}, "memory_to_memory is True, which cannot be"),
+    (to_lmuformer, {"use_bias": False}, "use_bias is False, which cannot be converted"),
+    (to_lmuformer, {"hidden_bias": False}, "hidden_bias is False, which cannot be converted"),
+    (to_lmuformer, {**FED, "hidden_cell": other}, "hidden_cell is a Cell, which cannot be"),
     (
-      cell_to_lmuformer,
+      to_lmuformer,
       {**FED, "hidden_cell": simple},
       "the cell's use_bias is True, which cannot",
     ),

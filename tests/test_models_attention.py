@@ -12,7 +12,6 @@ from triform.arch.data.tokenizers import ByteTokenizer
 from triform.arch.evaluation import _restarted, evaluate
 from triform.arch.layout import from_stacked, split_model, to_stacked
 from triform.arch.models import complete, fields
-from triform.arch.models.hybrid import parse_pattern
 from triform.arch.models.registry import ARCHITECTURES
 
 SIZES = {"vocab_size": 11, "d_model": 8, "num_layers": 2, "num_heads": 2, "ffn_dim": 12}
@@ -112,7 +111,7 @@ def test_a_hybrid_has_its_layers_in_order():
   assert kinds == names * 2 + names[:1]
   assert model.stack.repeated.layers[1].blocks[2].mixer.num_heads == 4
   assert model.max_len == 2048 and not model.state_is_constant
-  assert parse_pattern(pattern)[1] == ("mdha", {"num_taps": 2})
+  assert model.stack.repeated.layers[1].blocks[1].mixer.query_conv.num_taps == 2
 
 
 def test_states_are_as_large_as_they_are_said_to_be():

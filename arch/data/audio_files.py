@@ -146,7 +146,7 @@ def _read_wav(data: bytes, name: str) -> _Frames:
     case 3:  # NumPy has no such type: the upper bytes of four
       wide = np.zeros((len(content) // 3, 4), np.uint8)
       wide[:, 1:] = np.frombuffer(content, np.uint8).reshape(-1, 3)
-      values, bits = wide.view("<i4")[:, 0], 24
+      values = wide.view("<i4")[:, 0]
     case _:
       values = np.frombuffer(content, f"<i{width}")
   scale = {1: 2.0**8, 2: 1.0}.get(width, 2.0**-16)

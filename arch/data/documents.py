@@ -10,6 +10,7 @@ from typing import NamedTuple
 PIECE_BYTES = 2**20  # longer texts come in several pieces
 _HELD_OUT = 16  # one document, or part, in so many
 _FEW = 32  # documents, of which one in 16 would be too random a choice
+_LONGEST = 300  # characters of what another library says
 _ENOUGH = 1024  # documents among which a hash certainly holds some out
 
 
@@ -128,10 +129,10 @@ def choose_fields(
   return text_field, prompt_field
 
 
-def one_line(error: BaseException, limit: int = 300) -> str:
+def one_line(error: BaseException) -> str:
   """What an exception of another library says, short."""
   text = re.sub(r"\s+", " ", str(error)).strip()
-  text = text if len(text) <= limit else text[:limit] + " ..."
+  text = text if len(text) <= _LONGEST else text[:_LONGEST] + " ..."
   if isinstance(error, ValueError | RuntimeError) and text:
     return text
   return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -107,7 +107,7 @@ def prepared_builder(name: str, folder: Path) -> tfds.core.DatasetBuilder:
       explained(f"cannot use the TFDS set {name!r}", tfds.core.registered.DatasetNotFoundError),
     ):
       found = tfds.core.read_only_builder.builder_from_files(name, data_dir=data_dir)
-      return _readable(name, found)
+      return _readable(found)
   _check_known(name, folder)
 
   def make_builder() -> tfds.core.DatasetBuilder:
@@ -148,7 +148,7 @@ def prepared(
     return builder
 
 
-def _readable(name: str, builder: tfds.core.DatasetBuilder) -> tfds.core.DatasetBuilder:
+def _readable(builder: tfds.core.DatasetBuilder) -> tfds.core.DatasetBuilder:
   formats = {file_format.value for file_format in builder.info.available_file_formats()}
   if "array_record" not in formats:
     raise ValueError(

@@ -73,6 +73,11 @@ def expect(name: str, value: Any, *expected: Any) -> None:
     raise ValueError(f"{name} is {value!r}, which cannot be converted; expected {wanted}")
 
 
+def layers_of(model: SequenceModule) -> SequenceModule:
+  """A layer of the model, or all of them stacked: options and the last axes are the same."""
+  return model.stack.layers if model.stack.scan else model.stack.layers[0]
+
+
 def convert(params: Mapping[str, Any], table: Table) -> dict[str, Tensor]:
   """The arrays of a checkpoint by their path in our model, the layers stacked.
 
@@ -166,7 +171,7 @@ def describe(model: RetNet, **expected) -> dict[str, Any]:
 
   Raises `ValueError` naming one that is not as `expected`, which is all that the other library is.
   """
-  layer = model.stack.layers if model.stack.scan else model.stack.layers[0]
+  layer = layers_of(model)
   mixer = layer.mixer
   options = {
     "vocab_size": model.vocab_size,

@@ -5,11 +5,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-from ..assembly import fill
 from ..models.retnet import RetNet
 from ..tensors import FILE, INDEX, Tensor, open_tensors, save_tensors
 from . import fla
-from .checkpoint import param_dtype
 
 CONFIG = "config.json"
 
@@ -24,9 +22,7 @@ def load_fla(path: str | os.PathLike, **options) -> RetNet:
   lists, tensor by tensor. A repository is downloaded by `huggingface_hub`, where that is installed
   (`pip install triform[hub]`). See `from_fla` for `options` and what is refused.
   """
-  config, params = read_folder(_find(path))
-  model, leaves = fla.read(config, params)
-  return fill({**model, "param_dtype": param_dtype(params), **options}, leaves)
+  return fla.from_fla(*read_folder(_find(path)), **options)
 
 
 def save_fla(model: RetNet, path: str | os.PathLike) -> None:

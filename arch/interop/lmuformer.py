@@ -17,11 +17,12 @@ from .checkpoint import (
   Weight,
   convert,
   expect,
+  layers_of,
   read_config,
   require,
   revert,
 )
-from .lmu import BUFFERS, CELLS, cell_from_lmuformer, read_theta
+from .lmu import BUFFERS, CELLS, cell_from_lmuformer, cell_to_lmuformer, read_theta
 
 VARIANTS = {
   "lmu_rnn_conv1d": "plain",
@@ -116,14 +117,17 @@ def from_lmuformer(
   return fill_module(make, {**convert(kept, _table(like)), **unpublished})
 
 
-def to_lmuformer(model: LMUFormer) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-  """The inverse of `from_lmuformer`, without the buffers, which the constructor makes.
+def to_lmuformer(model: LMUFormer | LMU) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+  """The inverse of `from_lmuformer`, without the buffers, which the constructors make.
 
+  A cell's theta that is learned becomes a number.
   Raises `ValueError` for a model that the published code cannot be, naming the option.
   """
+  if isinstance(model, LMU):
+    return cell_to_lmuformer(model)
   if not isinstance(model, LMUFormer):
-    raise ValueError(f"model is a {type(model).__name__}, expected LMUFormer")
-  block = model.stack.layers if model.stack.scan else model.stack.layers[0]
+    raise ValueError(f"model is a {type(model).__name__}, expected LMUFormer or LMU")
+  block = layers_of(model)
   memory = block.mixer.lmu if model.variant == "plain" else block.mixer
   expect("padding", "same" if model.lookahead else "causal", "same")
   expect("memory_channels", memory.channels, 1)
@@ -203,7 +207,7 @@ def _stem(model: LMUFormer) -> dict[str, Weight]:
 
 
 def _block(model: LMUFormer) -> dict[str, Weight]:
-  block = model.stack.layers if model.stack.scan else model.stack.layers[0]
+  block = layers_of(model)
   d, hidden = model.d_model, block.feed_forward.input.linear.out_features
   weights = {}
 

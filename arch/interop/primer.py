@@ -10,7 +10,17 @@ from ..assembly import fill
 from ..mixers.attention import NUM_BUCKETS, MultiDConvHeadAttention
 from ..models.primer import Primer
 from ..tensors import Tensor
-from .checkpoint import Table, Weight, convert, param_dtype, read_config, revert
+from .checkpoint import (
+  Table,
+  Weight,
+  convert,
+  expect,
+  layers_of,
+  param_dtype,
+  read_config,
+  require,
+  revert,
+)
 
 DEFAULTS = {"norm_placement": "pre"}
 SUPPORTED = {"norm_placement": ("pre", "pre_post"), "activation": ("squared_relu",)}
@@ -85,9 +95,7 @@ def read(
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
   """The `model` section, and the leaves by name as in `arch.layout`, of a checkpoint."""
   settings = read_config(config, DEFAULTS, SUPPORTED)
-  missing = [name for name in SIZES if name not in settings]
-  if missing:
-    raise ValueError(f"the config lacks {', '.join(missing)}")
+  require(settings, *SIZES)
   params = {name: array for name, array in params.items() if not TRAINING.search(name)}
   params, num_taps = _merged_taps(params)
   vocab_size = settings["vocab_size"]
@@ -177,7 +185,7 @@ def _merged_taps(params: Mapping[str, Any]) -> tuple[dict[str, Any], int]:
 
 def _describe(model: Primer) -> dict[str, Any]:
   """The options of `Primer` that say which function `model` is, if the published code has it."""
-  layer = model.stack.layers if model.stack.scan else model.stack.layers[0]
+  layer = layers_of(model)
   mixer, convolved = layer.mixer, isinstance(layer.mixer, MultiDConvHeadAttention)
   feed_forward = layer.feed_forward
   for name, value, expected in (
@@ -193,10 +201,8 @@ def _describe(model: Primer) -> dict[str, Any]:
     ("output_bias", feed_forward.output.bias is not None, feed_forward.input.bias is not None),
     ("tie_embeddings", model.head is None, True),
   ):
-    if value != expected:
-      raise ValueError(f"{name} is {value!r}, which cannot be converted; expected {expected!r}")
-  if mixer.position == "rotary":
-    raise ValueError("position is 'rotary', which cannot be converted; expected relative or none")
+    expect(name, value, expected)
+  expect("position", mixer.position, "relative", "none")
   return {
     "vocab_size": model.vocab_size,
     "d_model": model.embedding.features,

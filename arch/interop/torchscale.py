@@ -16,6 +16,7 @@ from .checkpoint import (
   convert,
   describe,
   layer_states,
+  layers_of,
   model_state,
   param_dtype,
   read_config,
@@ -240,7 +241,7 @@ def state_to_torchscale(model: RetNet, state: Any) -> tuple[dict[int, dict[str, 
   called with. All rows must have seen the same number of tokens: `scale` has no batch axis.
   """
   kvs, length = layer_states(model, state, "torchscale")
-  mixer = (model.stack.layers if model.stack.scan else model.stack.layers[0]).mixer
+  mixer = layers_of(model).mixer
   decays = log_decays(mixer.num_heads, mixer.decay_schedule)
   scale = np.exp(np.outer(decays, np.arange(length))).sum(axis=1)
   cache = {}

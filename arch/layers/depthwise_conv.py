@@ -19,7 +19,7 @@ class DepthwiseConv(nnx.Module):
   def __init__(
     self,
     features: int,
-    num_taps: int = 3,
+    num_taps: int,
     *,
     dtype: Any = None,
     param_dtype: Any = jnp.float32,

@@ -62,23 +62,16 @@ class FeedForward(nnx.Module):
     d_model: int,
     hidden: int,
     *,
-    activation: str = "relu",
+    activation: str,
     use_bias: bool = True,
     output_bias: bool | None = None,
-    kernel_init: Initializer | None = None,
     dtype: Any = None,
     param_dtype: Any = jnp.float32,
     rngs: nnx.Rngs,
   ):
     if activation not in ACTIVATIONS:
       raise ValueError(f"activation is {activation!r}, expected one of {', '.join(ACTIVATIONS)}")
-    linear = functools.partial(
-      Linear,
-      kernel_init=kernel_init or nnx.initializers.lecun_normal(),
-      dtype=dtype,
-      param_dtype=param_dtype,
-      rngs=rngs,
-    )
+    linear = functools.partial(Linear, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
     self.activation = activation
     self.input = linear(d_model, hidden, use_bias=use_bias)
     self.output = linear(hidden, d_model, use_bias=use_bias if output_bias is None else output_bias)

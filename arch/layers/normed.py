@@ -4,11 +4,13 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from .batch_norm import BatchNorm
 from .linear import Linear
+
+# In +-1 / sqrt(fan_in), what PyTorch draws for convolutions.
+uniform_init = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
 class NormedLinear(nnx.Module):
@@ -65,8 +67,3 @@ def fold_batch_norm(model: nnx.Module) -> nnx.Module:
     if foldable and module.norm is not None:
       module.fold()
   return model
-
-
-def uniform_init(key, shape, dtype=jnp.float32):
-  """Uniform in `+-1 / sqrt(fan_in)`, what PyTorch draws for convolutions."""
-  return nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")(key, shape, dtype)

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 
@@ -74,7 +73,6 @@ class Encoder(Classifier):
       chunk_size=chunk_size,
       **dtypes,
     )
-    scan = jax.default_backend() != "cpu" if scan_layers is None else scan_layers
     super().__init__(
       ConvStem(
         in_features,
@@ -86,7 +84,7 @@ class Encoder(Classifier):
         **dtypes,
         rngs=rngs,
       ),
-      PatternStack(make_blocks, num_layers, scan=scan, remat=remat, rngs=rngs),
+      PatternStack(make_blocks, num_layers, scan=scan_layers, remat=remat, rngs=rngs),
       front_end=make_front_end(front_end, in_features, dtypes["dtype"]),
       norm=RMSNorm(d_model, epsilon=eps, **dtypes, rngs=rngs),
       d_model=d_model,

@@ -31,7 +31,7 @@ class Hybrid(LanguageModel):
   the pattern, and the layers left of an incomplete one.
 
   Args:
-    pattern: see `parse_pattern`.
+    pattern: names of mixers, with their options as calls in Python whose arguments are constants.
     num_heads: of every mixer that has no number of its own.
     ffn_dim, activation: of the feed-forward.
     eps: of the norms.
@@ -118,15 +118,7 @@ def block_makers(
       dropout=dropout,
     )
 
-  return [functools.partial(make_block, *one) for one in parse_pattern(pattern)]
-
-
-def parse_pattern(pattern: str) -> list[tuple[str, dict[str, Any]]]:
-  """Names of mixers and their options, `"retention(decay='gated'), attention"`.
-
-  Written as calls in Python, with constants for arguments.
-  Raises `ValueError` for any other text and for a mixer that there is not.
-  """
-  return parse_calls(
+  calls = parse_calls(
     pattern, MIXERS, option="pattern", kind="mixer", example="retention, attention(window=8)"
   )
+  return [functools.partial(make_block, *call) for call in calls]

@@ -3,7 +3,6 @@
 import functools
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 
@@ -154,10 +153,9 @@ class HyperMixerClassifier(Classifier):
       _make_block, make_mixer, d_model, ffn_dim, activation, eps=eps, dropout=dropout, **dtypes
     )
     stem = TokenEmbedding(vocab_size, d_model, scale=d_model**0.5, **dtypes, rngs=rngs)
-    scan = jax.default_backend() != "cpu" if scan_layers is None else scan_layers
     super().__init__(
       stem,
-      Stack(make_block, num_layers, scan=scan, remat=remat, rngs=rngs),
+      Stack(make_block, num_layers, scan=scan_layers, remat=remat, rngs=rngs),
       norm=make_norm("layer", d_model, eps=eps, **dtypes, rngs=rngs),
       d_model=d_model,
       num_classes=num_classes,

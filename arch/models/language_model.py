@@ -53,11 +53,10 @@ class LanguageModel(SequenceModule):
       param_dtype=param_dtype,
       rngs=rngs,
     )
-    scan = jax.default_backend() != "cpu" if scan_layers is None else scan_layers
     if callable(make_block):
-      self.stack = Stack(make_block, num_layers, scan=scan, remat=remat, rngs=rngs)
+      self.stack = Stack(make_block, num_layers, scan=scan_layers, remat=remat, rngs=rngs)
     else:
-      self.stack = PatternStack(make_block, num_layers, scan=scan, remat=remat, rngs=rngs)
+      self.stack = PatternStack(make_block, num_layers, scan=scan_layers, remat=remat, rngs=rngs)
     copy_traits(self, self.stack)
     if not self.causal:
       raise ValueError(

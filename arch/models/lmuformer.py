@@ -109,7 +109,6 @@ class LMUFormer(Classifier):
     make_block = functools.partial(
       _make_block, d_model, mlp_ratio * d_model, variant, make_neuron, memory, dropout, dtypes
     )
-    scan = jax.default_backend() != "cpu" if scan_layers is None else scan_layers
     neuron = None
     if variant == "spiking_ms":
       neuron = NormedNeuron(d_model, make_neuron, **dtypes)
@@ -124,7 +123,7 @@ class LMUFormer(Classifier):
         **dtypes,
         rngs=rngs,
       ),
-      Stack(make_block, num_layers, scan=scan, remat=remat, rngs=rngs),
+      Stack(make_block, num_layers, scan=scan_layers, remat=remat, rngs=rngs),
       front_end=make_front_end(front_end, in_features, dtypes["dtype"]),
       neuron=neuron,
       d_model=d_model,

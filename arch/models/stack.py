@@ -73,7 +73,8 @@ class Stack(SequenceModule):
 
   `scan=True` keeps the layers stacked and runs them as one compiled body whatever the depth;
   its state is `Scanned`. `scan=False` keeps and compiles every layer by itself, which on a CPU
-  and for decoding is several times faster; its state is a tuple.
+  and for decoding is several times faster; its state is a tuple. `None` is the latter on
+  a CPU alone.
   Both start from the same values for the same `rngs`, and `arch.layout` converts between them.
   `remat` names one of `REMAT_POLICIES`. While `measuring` is true, statistics that blocks keep of a
   call are kept in evaluation too. Keyword arguments that it does not know are the blocks', the same
@@ -87,16 +88,17 @@ class Stack(SequenceModule):
     make_block: Callable[[nnx.Rngs], SequenceModule],
     num_layers: int,
     *,
-    scan: bool,
+    scan: bool | None,
     remat: str = "none",
     rngs: nnx.Rngs,
   ):
     if remat not in REMAT_POLICIES:
       raise ValueError(f"remat is {remat!r}, expected one of {', '.join(REMAT_POLICIES)}")
-    self.num_layers, self.scan, self.remat = num_layers, scan, remat
+    self.num_layers, self.remat = num_layers, remat
+    self.scan = jax.default_backend() != "cpu" if scan is None else scan
     stacked = nnx.vmap(make_block)(rngs.split(num_layers))
     copy_traits(self, stacked)
-    if scan:
+    if self.scan:
       self.layers = stacked
     else:
       self.layers = nnx.List(_layer(stacked, i) for i in range(num_layers))
@@ -184,7 +186,7 @@ class PatternStack(SequenceModule):
     make_blocks: Sequence[Callable[[nnx.Rngs], SequenceModule]],
     num_layers: int,
     *,
-    scan: bool,
+    scan: bool | None,
     remat: str = "none",
     rngs: nnx.Rngs,
   ):
@@ -196,8 +198,9 @@ class PatternStack(SequenceModule):
       make_group = functools.partial(_make_group, makers)
       return Stack(make_group, count, scan=scan, remat=remat, rngs=rngs)
 
-    self.num_layers, self.scan = num_layers, scan
+    self.num_layers = num_layers
     self.repeated = stack(tuple(make_blocks), repetitions, scan)
+    self.scan = self.repeated.scan
     self.rest = stack(tuple(make_blocks[:rest]), 1, False) if rest else None
     copy_traits(self, *self._stacks())
 

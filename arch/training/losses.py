@@ -16,9 +16,8 @@ import optax
 from flax import nnx
 
 from ..interface import Form, SequenceModule
-from .augmentation import Augmentation, heard
+from .augmentation import Augmentation, Batch, heard
 
-Batch = dict[str, jax.Array]
 Objective = Literal["softmax", "sigmoid"]
 Sums = tuple[jax.Array, dict[str, jax.Array]]  # the objective, and what is reported
 

@@ -103,10 +103,10 @@ class MetricWriter:
 
 
 def format_line(step: int, total_steps: int, metrics: dict[str, float]) -> str:
-  """Formats a log line such as `step 100/2000  loss 2.314  tokens/s 21,300  mfu 41%  eta 3m10s`.
+  """A log line: `step 100/2000  loss 2.314  tokens_per_second 21,300  mfu 41%  eta 3m10s`.
 
-  `mfu` is a fraction and `eta` a number of seconds; other values are printed as they are, with
-  four significant digits.
+  `mfu` is a fraction and `eta` a number of seconds; other values have four significant digits, or
+  all before the point.
   """
   return f"step {step}/{total_steps}  {_format_metrics(metrics)}"
 

@@ -48,7 +48,7 @@ def attend_causally(
       visible &= segments[:, :, None] == segments[:, None]
     return attend(q, k, v, visible, None, scale)
 
-  if not tpu.supports(q, k):
+  if not tpu.supports(q):
     return anywhere(q, k, v, segments)
 
   def on_tpu(q, k, v, segments):

@@ -18,10 +18,8 @@ import jax.numpy as jnp
 
 from ..runs import untouched_if_masked
 from .chunks import in_chunks, primals, written_out
-from .gpu_plan import CHUNK
+from .gpu_plan import CHUNK, SIZES
 from .gpu_sweep import sweep
-
-SIZES = (64, 128, 256, 512)  # of a head's keys and values; others are filled up with zeros
 
 
 def unsupported_reason(q, k, v, state) -> str | None:
@@ -32,7 +30,8 @@ def unsupported_reason(q, k, v, state) -> str | None:
   if state is not None and state.dtype == jnp.float64:
     return "the state is float64, expected float32"
   if max(q.shape[-1], v.shape[-1]) > SIZES[-1]:
-    return f"keys and values have size {q.shape[-1]} and {v.shape[-1]}, expected at most 512"
+    sizes = f"{q.shape[-1]} and {v.shape[-1]}"
+    return f"keys and values have size {sizes}, expected at most {SIZES[-1]}"
   b, t, h, size = q.shape
   # Counted in 32 bits: elements of the state, hence thread blocks, and rows `[b t h]` of the arrays
   # that tiles are copied from and to. Elements of q, k and v are not.

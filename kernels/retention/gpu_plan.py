@@ -10,7 +10,7 @@ BLOCK = 128  # columns of q and k that one copy brings at most
 MULTIPROCESSORS = 132  # of an H100 SXM or H200
 SHARED_BYTES = 224 * 1024  # of the 227 KiB of a thread block; barriers and streams need some
 REGISTERS = 512  # for a thread of every warpgroup, together
-KEYS = (64, 128, 256, 512)
+SIZES = (64, 128, 256, 512)  # of a head's keys and values; others are filled up with zeros
 TILES = (64, 128)  # columns of v
 
 
@@ -35,7 +35,7 @@ class Plan:
       if not holds:
         raise ValueError(f"{name} is {getattr(self, name)!r}, expected {expected}")
 
-    expect(self.k in KEYS, "k", f"one of {KEYS}")
+    expect(self.k in SIZES, "k", f"one of {SIZES}")
     # Accumulators of a wider tile of long keys are more than a thread's registers.
     tiles = TILES if self.k <= BLOCK and self.readers else TILES[:1]
     expect(self.tile in tiles, "tile", f"one of {tiles} for keys of {self.k}")
