@@ -25,10 +25,10 @@ class Architecture:
   """A kind of model; see `register`."""
 
   model: type[SequenceModule]
-  task: Task
-  small: Mapping[str, Any]
-  free_options: frozenset[str]
-  sharding_rules: Sequence[tuple[str, Sequence[str | None]]]
+  task: Task = "language"
+  small: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  free_options: frozenset[str] = FREE_OPTIONS
+  sharding_rules: Sequence[tuple[str, Sequence[str | None]]] = RULES
 
 
 ARCHITECTURES: dict[str, Architecture] = {}
