@@ -4,8 +4,8 @@
     _background_noise_/*.wav      long recordings without words
     testing_list.txt, ...         what is in which split, see `speech_lists`
 
-A single folder around all of it is passed over. All else that lies there, such as a
-licence, is left alone; of files beside the clips that are none, `find_clips` tells.
+A single folder around all of it is passed over. All else that lies there, such as a licence, is
+left alone; `find_clips` tells of files beside the clips that are none.
 """
 
 import contextlib

@@ -73,8 +73,8 @@ class Stack(SequenceModule):
 
   `scan=True` keeps the layers stacked and runs them as one compiled body whatever the depth;
   its state is `Scanned`. `scan=False` keeps and compiles every layer by itself, which on a CPU
-  and for decoding is several times faster; its state is a tuple. `None` is the latter on
-  a CPU alone.
+  and for decoding is several times faster; its state is a tuple. `None` is the latter on a CPU
+  alone.
   Both start from the same values for the same `rngs`, and `arch.layout` converts between them.
   `remat` names one of `REMAT_POLICIES`. While `measuring` is true, statistics that blocks keep of a
   call are kept in evaluation too. Keyword arguments that it does not know are the blocks', the same
