@@ -57,7 +57,7 @@ def test_bad_files_stop_the_run_unless_told_otherwise(tmp_path, opened, capsys):
   write_bad(tmp_path / "data")
   message = (
     r"data/maybe/.*_nohash_0.wav .*; files that cannot be used: 5, each with its reason in "
-    r"(.*/left_out.txt); data.on_bad=skip goes on"
+    r"(.*/files.txt); data.on_bad=skip goes on"
   )
   for _ in range(2):  # prepared or not
     with pytest.raises(ValueError, match=message) as caught:
@@ -65,7 +65,7 @@ def test_bad_files_stop_the_run_unless_told_otherwise(tmp_path, opened, capsys):
   assert "\n" not in str(caught.value)
   each = Path(re.search(message, str(caught.value))[1]).read_text().splitlines()
   bad = sorted(path for path in (tmp_path / "data").rglob("*.wav") if path.parent.name not in WORDS)
-  assert sorted(line.split()[0] for line in each) == [
+  assert sorted(re.match("left out as [^:]+: ([^ ]+) ", line)[1] for line in each) == [
     path.relative_to(tmp_path / "data").as_posix() for path in bad
   ]
   capsys.readouterr()
@@ -73,7 +73,7 @@ def test_bad_files_stop_the_run_unless_told_otherwise(tmp_path, opened, capsys):
   assert data.labels == ("no", "yes") and len(data.examples("train")) == 4
   assert "noise" not in data.examples("train")[0]
   said = capsys.readouterr().err.splitlines()
-  assert len(said) == 5 and said.pop().endswith("left_out.txt")
+  assert len(said) == 5 and said.pop().endswith("1.1.0/files.txt")
   for kind, count, example in (
     ("empty", 2, "maybe/a_nohash_0.wav is an empty file|maybe/b_nohash_0.wav has no samples"),
     ("no WAV or FLAC", 1, "maybe/c_nohash_0.wav is neither WAV nor FLAC"),
@@ -96,6 +96,8 @@ def test_other_kinds_are_converted_and_counted(tmp_path, opened, capsys):
   assert f"files converted, 8000 Hz: 2, such as slow/{speaker}_nohash_0.wav" in said
   assert f"files converted, 2 channels: 1, such as two/{speaker}_nohash_0.wav" in said
   assert f"files converted, longer than 1 s: 1, such as long/{speaker}_nohash_0.wav" in said
+  notes = Path(said.split(" is in ")[1].strip()).read_text().splitlines()
+  assert len(notes) == 4 and f"converted, 8000 Hz: slow/{speaker}_nohash_1.wav" in notes
   by_label = {data.labels[row["targets"]]: row for row in rows(data, "train")}
   np.testing.assert_array_equal(by_label["long"]["inputs"], long[RATE : 2 * RATE])
   assert (by_label["two"]["inputs"] == 150).all()

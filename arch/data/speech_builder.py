@@ -17,10 +17,11 @@ from .speech_lists import Clip
 from .tfds_sets import prepared
 
 NOISE_SPLIT = "noise"
-COMPLAINTS = "left_out.txt"  # beside the records: a line for every file that cannot be used
+NOTES = "files.txt"  # beside the records: a line for every file that is not simply used
 
 _NOISE_LENGTHS = 10  # sequences that a recording of noise has at least: a tenth of it is a part
 _MORE_THAN_A_BIT = 1.1
+_TOLD = {"bad": "left out as", "unused": "not used,", "converted": "converted,"}
 
 
 class SpeechClips(tfds.core.GeneratorBasedBuilder, skip_registration=True):
@@ -31,7 +32,7 @@ class SpeechClips(tfds.core.GeneratorBasedBuilder, skip_registration=True):
   Records lie in the order of their paths, and the data set's metadata tells of them without a look
   at them: `names` of the classes, sorted, the classes of every split by number, `classes`, the
   `lengths` of the recordings of noise, and how many files are `bad`, `converted` and `unused`, by
-  kind. What is wrong with each bad one is in `complaints`.
+  kind. `notes` has a line for each of them.
 
   Args:
     files: to read.
@@ -49,7 +50,7 @@ class SpeechClips(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
   def __init__(self, files: Files, *, length: int, sample_rate: int, config: str, **kwargs: Any):
     self._files, self._length, self._sample_rate = files, length, sample_rate
-    self.complaints: list[str] = []
+    self.notes: list[str] = []
     super().__init__(
       config=tfds.core.BuilderConfig(name=config), file_format="array_record", **kwargs
     )
@@ -82,7 +83,9 @@ class SpeechClips(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     metadata = self.info.metadata
     metadata["names"] = sorted({clip.label for clip in itertools.chain(*clips.values())})
     metadata["classes"] = {split: [] for split in clips}
-    metadata["unused"] = {reason: [len(paths), paths[0]] for reason, paths in unused.items()}
+    for reason, paths in unused.items():
+      for path in paths:
+        self._count("unused", reason, path)
     splits = {split: self._clips(split, found) for split, found in clips.items()}
     splits[NOISE_SPLIT] = self._noise(noise)
     filled = {}
@@ -91,9 +94,9 @@ class SpeechClips(tfds.core.GeneratorBasedBuilder, skip_registration=True):
       if first is not None:
         filled[split] = itertools.chain([first], records)
     if not filled.keys() - {NOISE_SPLIT}:
+      first, count = _first_bad(metadata)
       raise ValueError(
-        f"{self._files.name} has no clip that can be used, {len(self.complaints)} files cannot: "
-        f"{self.complaints[0]}"
+        f"{self._files.name} has no clip that can be used, {count} files cannot: {first}"
       )
     return filled
 
@@ -119,7 +122,7 @@ class SpeechClips(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         continue
       if len(samples) < least:
         message = f"{path} has {len(samples)} samples, expected at least {least} of noise"
-        self._refuse("too short", message)
+        self._count("bad", "too short", message)
         continue
       self.info.metadata["lengths"].append(len(samples))
       yield path, {"audio": samples, "label": NOISE, "path": path}
@@ -129,18 +132,15 @@ class SpeechClips(tfds.core.GeneratorBasedBuilder, skip_registration=True):
       data = self._files.read(path)
       audio = read_audio(data, sample_rate=self._sample_rate, name=path)
     except BadAudioError as error:
-      self._refuse(error.kind, str(error))
+      self._count("bad", error.kind, str(error))
       return None
     for kind in audio.converted:
       self._count("converted", kind, path)
     return audio.samples
 
-  def _refuse(self, kind: str, complaint: str) -> None:
-    self._count("bad", kind, complaint)
-    self.complaints.append(complaint)
-
-  def _count(self, what: str, kind: str, example: str) -> None:
-    self.info.metadata[what].setdefault(kind, [0, example])[0] += 1
+  def _count(self, what: str, kind: str, file: str) -> None:
+    self.info.metadata[what].setdefault(kind, [0, file])[0] += 1
+    self.notes.append(f"{_TOLD[what]} {kind}: {file}")
 
 
 def middle(samples: np.ndarray, length: int) -> np.ndarray:  # [n] -> [min(n, length)]
@@ -169,15 +169,14 @@ def speech_clips(path: Path, *, length: int, sample_rate: int, folder: Path) -> 
       builder = prepared(lambda: SpeechClips(files, data_dir=whole, **options))
     for file in Path(builder.data_path).iterdir():
       file.rename(temporary / file.name)
-    if builder.complaints:
-      (temporary / COMPLAINTS).write_text("\n".join(builder.complaints) + "\n")
+    (temporary / NOTES).write_text("".join(f"{note}\n" for note in builder.notes))
     shutil.rmtree(whole)
 
   return prepared_folder(target, prepare)
 
 
 def report(metadata: dict[str, Any], path: Path, folder: Path, *, skip: bool) -> None:
-  """Says on stderr how many files were left out or converted: a line for every kind.
+  """Says on stderr how many files were left out, not used or converted: a line for every kind.
 
   Args:
     metadata: of the data set.
@@ -188,17 +187,20 @@ def report(metadata: dict[str, Any], path: Path, folder: Path, *, skip: bool) ->
   Raises:
     ValueError: unless `skip`, if there are any that cannot be used.
   """
-  bad = metadata["bad"]
-  if bad and not skip:
-    (_, first), *_ = bad.values()
-    count = sum(count for count, _ in bad.values())
+  if metadata["bad"] and not skip:
+    first, count = _first_bad(metadata)
     raise ValueError(
       f"{path}/{first}; files that cannot be used: {count}, each with its reason in "
-      f"{folder / COMPLAINTS}; data.on_bad=skip goes on without them"
+      f"{folder / NOTES}; data.on_bad=skip goes on without them"
     )
-  told = {"left out as": bad, "not used,": metadata["unused"], "converted,": metadata["converted"]}
-  for what, kinds in told.items():
-    for kind, (count, example) in kinds.items():
-      print(f"{path}: files {what} {kind}: {count}, such as {example}", file=sys.stderr)
-  if bad:
-    print(f"{path}: each that was left out is in {folder / COMPLAINTS}", file=sys.stderr)
+  for what, told in _TOLD.items():
+    for kind, (count, example) in metadata[what].items():
+      print(f"{path}: files {told} {kind}: {count}, such as {example}", file=sys.stderr)
+  if any(metadata[what] for what in _TOLD):
+    print(f"{path}: each of these files is in {folder / NOTES}", file=sys.stderr)
+
+
+def _first_bad(metadata: dict[str, Any]) -> tuple[str, int]:
+  """What is wrong with the first file of all that are bad, and their number."""
+  kinds = metadata["bad"].values()
+  return next(iter(kinds))[1], sum(count for count, _ in kinds)
