@@ -36,7 +36,7 @@ def losses_by_hand(model):
     yield -np.asarray(jax.nn.log_softmax(logits[0]))[np.arange(len(targets)), targets]
 
 
-@pytest.mark.parametrize("seq_len", [3, 7, 100])
+@pytest.mark.parametrize("seq_len", [pytest.param(3, marks=pytest.mark.slow), 7, 100])
 def test_documents_are_seen_from_their_beginning_in_pieces_of_any_size(model, seq_len):
   losses = np.concatenate(list(losses_by_hand(model)))
   result = evaluate(model, documents(), TOKENIZER, seq_len=seq_len, batch_size=1)

@@ -103,6 +103,7 @@ def test_published_logits(case, form, dtype):
     assert error(logits, ARRAYS[f"{case}/out"]) <= tolerance(case, dtype)
 
 
+@pytest.mark.slow
 def test_weights_are_held_in_the_widest_dtype_that_there_is():
   for dtype in ("float32", "float64"):
     with jax.enable_x64(dtype == "float64"):

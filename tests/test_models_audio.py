@@ -181,7 +181,7 @@ def test_frames_are_taken_in_the_place_of_samples(name):
     model(jnp.zeros((2, 9, 5)))
 
 
-@pytest.mark.parametrize("name", ["same", "retention"])
+@pytest.mark.parametrize("name", ["retention", pytest.param("same", marks=pytest.mark.slow)])
 def test_features_of_samples_are_those_of_their_frames(name):
   model = MODELS[name](rngs=nnx.Rngs(0))
   x = samples().astype(np.float32)

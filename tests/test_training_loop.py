@@ -84,7 +84,9 @@ def whole(corpus, tmp_path_factory):
   return workdir
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize(
+  "number", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
+)
 def test_a_killed_process_resumes_bit_for_bit(corpus, whole, tmp_path, number):
   steps, victim = CHILD_STEPS, random.Random().randrange(6, CHILD_STEPS - 5)
   print(f"killed at step {victim}")  # shown if the test fails

@@ -29,6 +29,7 @@ def losses(workdir):
   return {r["step"]: r["loss"] for r in map(json.loads, lines) if "loss" in r}
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_its_layers_scanned(folder, tmp_path, capsys):
   for name, scan in (("unrolled", False), ("scanned", True)):
     train(tiny_config(folder, total_steps=4), tmp_path / name)
